@@ -1,0 +1,754 @@
+"""Kaleidoscope-MATD3 on multi-agent MuJoCo, in one file.
+
+    python kalei_matd3_mamujoco.py --env-id Ant-v2-4x2           # train
+    tensorboard --logdir runs                                    # watch
+    python kalei_matd3_mamujoco.py --evaluate runs/RUN/model.pt  # evaluate what --save-model wrote
+
+All agents share one actor network and all critics one critic network. What makes them differ is a learnable mask
+over the shared weights for each of them, and a loss that drives the masks apart. The method is from Li, Pan and
+Zhang, "Kaleidoscope: Learnable Masks for Heterogeneous Multi-agent Reinforcement Learning" (NeurIPS 2024,
+arXiv:2410.08540); where the paper is silent, the authors' released code decides.
+
+Letters in shapes: B batch, N agents, K critics, M masks (N for the actor, K for the critic), E environments,
+S numbers of state. Networks and losses take any leading dimensions, and a mask is one of them.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import io
+import math
+import os
+import re
+import sys
+import time
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from mamujoco_env import MaMuJoCoVecEnv, agent_observations, parse_env_id, standardise
+
+
+@dataclasses.dataclass
+class Args:
+    """Train Kaleidoscope-MATD3 on a multi-agent MuJoCo task, or evaluate a saved model."""
+
+    # run
+    exp_name: str = "kalei_matd3_mamujoco"
+    """name of this experiment, part of the run's folder"""
+    seed: int = 1
+    """seed of the weights, the exploration, the batches and the environments"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where networks, replay buffer and updates live; auto takes the GPU if there is one"""
+    total_timesteps: int = 10_000_000
+    """environment steps of the run, over all environments, warm-up included"""
+    log_interval: int = 5_000
+    """environment steps between two entries of losses, coefficients and masks in TensorBoard"""
+    eval_interval: int = 100_000
+    """environment steps between two evaluations; 0 evaluates at the end only"""
+    eval_episodes: int = 40
+    """episodes of an evaluation, one in each of as many environments; 0 turns evaluation off"""
+    save_model: bool = False
+    """write actor and critic to model.pt in the run's folder, at every evaluation and at the end"""
+    evaluate: str | None = None
+    """do not train: evaluate the model in this file for --eval-episodes episodes, on the task it was trained on"""
+
+    # environment
+    env_id: str = "Ant-v2-4x2"
+    """a robot and its division into agents, such as Walker2d-v2-6x1 or manyagent_swimmer-10x2"""
+    num_envs: int = 10
+    """environments stepped side by side (E)"""
+    num_threads: int = 0
+    """threads for the physics, 0 for one per CPU"""
+    episode_limit: int = 1_000
+    """steps after which an episode is cut; a cut is not a termination"""
+
+    # MATD3
+    buffer_size: int = 1_000_000
+    """transitions that the replay buffer holds"""
+    batch_size: int = 1_000
+    """transitions in an update (B)"""
+    warmup_steps: int = 10_000
+    """environment steps of uniformly random actions before the first update"""
+    train_interval: int = 50
+    """steps of every environment between two rounds of updates"""
+    updates_per_round: int = 50
+    """critic updates in a round"""
+    policy_freq: int | None = None
+    """critic updates for one policy update; by default the value of TUNED for the env id"""
+    n_step: int | None = None
+    """rewards in an n-step return; by default the value of TUNED for the env id"""
+    gamma: float = 0.99
+    """discount"""
+    polyak: float = 0.005
+    """rate of the target critic per policy update; the target actor takes N steps of this rate, as released"""
+    actor_lr: float = 5e-4
+    """Adam's learning rate for the actor's weights and thresholds"""
+    critic_lr: float = 1e-3
+    """Adam's learning rate for the critic's weights and thresholds"""
+    exploration_noise: float = 0.1
+    """std of the noise on actions, in half action ranges"""
+    target_noise: float = 0.2
+    """std of the noise on target actions, in half action ranges"""
+    target_noise_clip: float = 0.5
+    """bound of the noise on target actions, in half action ranges"""
+    hidden_size: int = 256
+    """width of the two hidden layers of actor and critic"""
+
+    # masks of the actor, one an agent
+    actor_threshold_scale: float = 5.0
+    """thresholds start as -(U[0, 1) * scale + bias); a weight is kept where |W| > sigmoid(threshold)"""
+    actor_threshold_bias: float = 5.0
+    """see actor_threshold_scale"""
+    actor_diversity_coef: float = 0.1
+    """beta: the diversity loss is scaled to this share of the actor loss; 0 turns it off"""
+    actor_reset_interval: int = 1_000_000
+    """environment steps between two resets of actor weights that no mask keeps; 0 turns them off"""
+    actor_reset_ratio: float = 0.5
+    """probability that such a weight is reset"""
+
+    # masks of the critic, one a member of the ensemble
+    num_critics: int = 5
+    """members of the critic ensemble (K)"""
+    critic_threshold_scale: float = 20.0
+    """as actor_threshold_scale"""
+    critic_threshold_bias: float = 0.0
+    """as actor_threshold_bias"""
+    critic_diversity_coef: float = 0.1
+    """beta: the diversity loss is scaled to this share of the critic loss; 0 turns it off"""
+    critic_reset_interval: int = 800_000
+    """environment steps between two resets of one critic's thresholds; 0 turns them off"""
+
+    # both
+    layer_weights: tuple[float, float, float] = (1.0, 2.0, 4.0)
+    """lambda: weights of the three layers in the diversity loss"""
+    weighted_diversity: bool = True
+    """weigh differences of masks by |W|"""
+    history_length: int = 100
+    """policy updates whose losses are averaged for the adaptive coefficients"""
+
+
+# (n_step, policy_freq) as tuned by the authors; a flag that is set wins
+TUNED = {
+    "Ant-v2-4x2": (5, 2),
+    "HalfCheetah-v2-2x3": (10, 2),
+    "Hopper-v2-3x1": (5, 2),
+    "Walker2d-v2-2x3": (20, 8),
+    "Walker2d-v2-6x1": (25, 2),
+    "manyagent_swimmer-10x2": (10, 2),
+}
+UNTUNED = (10, 2)  # for the other env ids
+
+
+# ---- Masked networks ----
+class MaskedLinear(nn.Module):
+    """One weight W (out, in) and bias (out,), shared by M masks with thresholds s (M, out, in). Section 4.1.
+
+    Mask k keeps the weights with |W| > sigmoid(s_k) and shrinks what it keeps, W_k = sign(W) relu(|W| - sigmoid(s_k)),
+    so that gradients reach W and s_k (soft-threshold reparameterisation, Kusupati et al. 2020).
+    """
+
+    def __init__(self, num_masks, inputs, outputs, threshold_scale, threshold_bias):
+        super().__init__()
+        self.threshold_scale, self.threshold_bias = threshold_scale, threshold_bias
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(outputs).uniform_(-(inputs**-0.5), inputs**-0.5))
+        self.thresholds = nn.Parameter(torch.empty(num_masks, outputs, inputs))
+        with torch.no_grad():
+            self.weight.copy_(self.fresh_weight())
+            self.thresholds.copy_(self.fresh_thresholds())
+
+    def fresh_weight(self):
+        """(out, in), drawn as torch.nn.Linear draws it."""
+        bound = self.weight.shape[-1] ** -0.5
+        return torch.empty_like(self.weight).uniform_(-bound, bound)
+
+    def fresh_thresholds(self):
+        """(M, out, in), drawn as -(U[0, 1) * scale + bias)."""
+        return -(torch.rand_like(self.thresholds) * self.threshold_scale + self.threshold_bias)
+
+    def effective_weight(self, masks=slice(None)):
+        """W as each of `masks` sees it: (len(masks), out, in), or (out, in) for one index."""
+        kept = torch.relu(self.weight.abs() - torch.sigmoid(self.thresholds[masks]))
+        return torch.sign(self.weight) * kept
+
+    def masks(self):
+        """(M, out, in) bool: what each mask keeps."""
+        return self.weight.abs() > torch.sigmoid(self.thresholds)
+
+
+class MaskedMLP(nn.Module):
+    """Three masked layers with ReLU between them, and with `layer_norm` a LayerNorm, shared by the masks, before it.
+
+    The effective weights are an argument of their own, since they often stay the same over many products.
+    """
+
+    def __init__(self, num_masks, inputs, hidden, outputs, threshold_scale, threshold_bias, layer_norm):
+        super().__init__()
+        sizes = [(inputs, hidden), (hidden, hidden), (hidden, outputs)]
+        self.layers = nn.ModuleList(MaskedLinear(num_masks, *size, threshold_scale, threshold_bias) for size in sizes)
+        self.norms = nn.ModuleList(nn.LayerNorm(hidden) if layer_norm else nn.Identity() for _ in range(2))
+
+    def effective_weights(self, masks=slice(None)):
+        """The three layers' effective weights (M, out, in), or (out, in) if `masks` is one index."""
+        return [layer.effective_weight(masks) for layer in self.layers]
+
+    def forward(self, x, weights):
+        """x (B, in) or (M, B, in) -> (M, B, out), through weights (M, out, in): one product a layer for all masks."""
+        return self.after_first(x @ weights[0].mT + self.layers[0].bias, weights)
+
+    def after_first(self, x, weights):
+        """The same from the first layer's output (M, B, hidden) on."""
+        for norm, layer, weight in zip(self.norms, self.layers[1:], weights[1:], strict=True):
+            x = torch.relu(norm(x)) @ weight.mT + layer.bias
+        return x
+
+    @torch.no_grad()
+    def sparsity(self):
+        """(3,): each layer's share of zeros among the effective weights of all masks."""
+        return torch.stack([1 - layer.masks().float().mean() for layer in self.layers])
+
+    @torch.no_grad()
+    def mask_difference(self):
+        """The share of weights that one mask keeps and another drops, averaged over pairs of masks."""
+        differing = [
+            2 * k * (n - k) for k, n in ((layer.masks().sum(0), len(layer.thresholds)) for layer in self.layers)
+        ]
+        masks, weights = len(self.layers[0].thresholds), sum(d.numel() for d in differing)
+        return sum(d.sum() for d in differing) / max(masks * (masks - 1) * weights, 1)
+
+
+class Actor(MaskedMLP):
+    """Deterministic policies of N agents, one mask each: tanh scaled to the action bounds low, high (N, act)."""
+
+    def __init__(self, observation_size, low, high, args):
+        scale, bias = args.actor_threshold_scale, args.actor_threshold_bias
+        super().__init__(len(low), observation_size, args.hidden_size, low.shape[1], scale, bias, layer_norm=False)
+        for name, value in (("low", low), ("high", high), ("centre", (high + low) / 2), ("scale", (high - low) / 2)):
+            self.register_buffer(name, torch.as_tensor(value))
+
+    def act(self, obs, weights):
+        """All agents: obs (B, N, obs) -> actions (B, N, act)."""
+        return torch.tanh(self(obs.transpose(-3, -2), weights)).transpose(-3, -2) * self.scale + self.centre
+
+    def act_alone(self, obs, agent):
+        """One agent: its obs (B, obs) -> its actions (B, act)."""
+        actions = torch.tanh(self(obs, self.effective_weights(agent)))
+        return actions * self.scale[agent] + self.centre[agent]
+
+
+class Critic(MaskedMLP):
+    """An ensemble of K action values, one mask each: state and joint action (B, S + N act) -> (K, B, 1)."""
+
+    def __init__(self, inputs, args):
+        scale, bias = args.critic_threshold_scale, args.critic_threshold_bias
+        super().__init__(args.num_critics, inputs, args.hidden_size, 1, scale, bias, layer_norm=True)
+
+
+# ---- Mask diversity ----
+class PairwiseMaskDifference(torch.autograd.Function):
+    """sum_ij || (M_i - M_j) * |W| ||_1 over all ordered pairs of masks of a layer, in O(M) instead of O(M^2).
+
+    Where k of the M masks keep a weight, 2 k (M - k) ordered pairs differ. The gradient towards mask i is that of
+    the plain form, 2 (M M_i - k) |W|, not autograd's of k (M - k). It passes through the step function
+    M_i = 1[|W| > sigmoid(s_i)] as tanh(gradient) and reaches the thresholds only: W counts as a constant.
+    """
+
+    @staticmethod
+    def forward(ctx, thresholds, weight, weighted):
+        """thresholds (..., M, out, in), weight (..., out, in) -> (...)."""
+        sigmoid = torch.sigmoid(thresholds)
+        magnitude = weight.abs()
+        masks = (magnitude.unsqueeze(-3) > sigmoid).to(weight.dtype)
+        importance = magnitude if weighted else torch.ones_like(magnitude)
+        ctx.save_for_backward(sigmoid, masks, importance)
+        count = masks.sum(-3)
+        return (2 * count * (masks.shape[-3] - count) * importance).sum((-2, -1))
+
+    @staticmethod
+    def backward(ctx, grad):
+        sigmoid, masks, importance = ctx.saved_tensors
+        pull = 2 * (masks.shape[-3] * masks - masks.sum(-3, keepdim=True)) * importance.unsqueeze(-3)
+        to_masks = torch.tanh(grad[..., None, None, None] * pull)
+        return -to_masks * sigmoid * (1 - sigmoid), None, None
+
+
+def diversity_loss(network, layer_weights, weighted=True):
+    """L_div (equation 4, normalised as released): minus the weighted mean difference between masks. A scalar."""
+    num_masks = network.layers[0].thresholds.shape[-3]
+    num_weights = sum(layer.weight.shape[-2] * layer.weight.shape[-1] for layer in network.layers)
+    loss = 0.0
+    for layer_weight, layer in zip(layer_weights, network.layers, strict=True):
+        loss = loss - layer_weight * PairwiseMaskDifference.apply(layer.thresholds, layer.weight.detach(), weighted)
+    return loss / max(num_masks * (num_masks - 1) * num_weights, 1)
+
+
+class AdaptiveCoefficient:
+    """The weight of the diversity loss: |beta * mean(RL losses) / mean(diversity losses)| over the latest `length`.
+
+    The histories are rings on the device. Both hold equally many losses and zeros, so that the ratio of the sums
+    is the ratio of the means.
+    """
+
+    def __init__(self, beta, length, device):
+        self.beta = beta
+        self.losses = torch.zeros(2, length, device=device)
+        self.slot = torch.zeros(1, dtype=torch.long, device=device)
+
+    def __call__(self, rl_loss, diversity):
+        self.losses.index_copy_(1, self.slot, torch.stack([rl_loss, diversity]).detach()[:, None])
+        self.slot.add_(1).remainder_(self.losses.shape[1])
+        rl_sum, diversity_sum = self.losses.sum(1)
+        ratio = rl_sum / torch.where(diversity_sum == 0, 1.0, diversity_sum)
+        return torch.where(diversity_sum == 0, self.beta, (self.beta * ratio).abs())
+
+
+# ---- Resets (section 4.3) ----
+def reached(interval, previous_step, step):
+    """Whether the steps after previous_step, up to `step`, reached a multiple of `interval`; never if it is 0."""
+    return interval > 0 and step // interval > previous_step // interval
+
+
+def reset_due(interval, previous_step, step, total_steps):
+    """Whether a multiple of `interval` was reached, and more than one interval is left before the run's end."""
+    return reached(interval, previous_step, step) and total_steps - step > interval
+
+
+@torch.no_grad()
+def reset_actor(actor, ratio):
+    """Draw afresh, with probability `ratio`, each weight that no mask keeps, and its thresholds. Returns how many."""
+    num_reset = 0
+    for layer in actor.layers:
+        reset = ~layer.masks().any(0) & (torch.rand_like(layer.weight) < ratio)
+        layer.weight.copy_(torch.where(reset, layer.fresh_weight(), layer.weight))
+        layer.thresholds.copy_(torch.where(reset, layer.fresh_thresholds(), layer.thresholds))
+        num_reset += reset.sum()
+    return num_reset
+
+
+@torch.no_grad()
+def reset_critic(critic, member):
+    """Draw one member's thresholds afresh."""
+    for layer in critic.layers:
+        layer.thresholds[member] = layer.fresh_thresholds()[member]
+
+
+# ---- n-step replay ----
+class Batch(NamedTuple):
+    """What an update works on: n-step transitions as the networks see them."""
+
+    state: torch.Tensor  # (B, S), standardised
+    obs: torch.Tensor  # (B, N, S + N)
+    actions: torch.Tensor  # (B, N, act)
+    reward: torch.Tensor  # (B,), discounted sum of the n-step return's rewards
+    discount: torch.Tensor  # (B,), gamma to the power of their number
+    next_state: torch.Tensor  # (B, S), standardised, where the return bootstraps
+    next_obs: torch.Tensor  # (B, N, S + N)
+    terminated: torch.Tensor  # (B,) bool
+
+
+class Replay:
+    """A ring of `rows` steps of E environments, on the device. It holds states only: they imply the observations."""
+
+    def __init__(self, rows, num_envs, state_size, action_shape, n_step, gamma, device):
+        shape = (rows, num_envs)
+        self.state = torch.empty(*shape, state_size, device=device)
+        self.next_state = torch.empty(*shape, state_size, device=device)
+        self.actions = torch.empty(*shape, *action_shape, device=device)
+        self.reward = torch.empty(shape, device=device)
+        self.terminated = torch.empty(shape, dtype=torch.bool, device=device)
+        self.ended = torch.empty(shape, dtype=torch.bool, device=device)  # terminated or truncated
+        self.steps_ahead = torch.arange(n_step, device=device)
+        self.gamma = gamma
+        self.rows, self.num_envs, self.num_agents = rows, num_envs, action_shape[0]
+        self.next_row = 0
+        self.newest = torch.zeros(
+            (), dtype=torch.long, device=device
+        )  # row; a tensor, so that sampling can be captured
+        self.filled = torch.zeros((), dtype=torch.long, device=device)  # rows
+
+    def add(self, state, actions, reward, next_state, terminated, truncated):
+        """Store one step of all environments: arrays or tensors of E rows."""
+        row = self.next_row
+        self.state[row] = torch.as_tensor(state)
+        self.actions[row] = torch.as_tensor(actions)
+        self.reward[row] = torch.as_tensor(reward)
+        self.next_state[row] = torch.as_tensor(next_state)
+        self.terminated[row] = torch.as_tensor(terminated)
+        self.ended[row] = torch.as_tensor(terminated | truncated)
+        self.next_row = (row + 1) % self.rows
+        self.newest.fill_(row)
+        self.filled.add_(1).clamp_(max=self.rows)
+
+    def n_step_return(self, row, env):
+        """From rows and environments (B,): reward (B,), discount (B,), and the row (B,) of the last step reached.
+
+        The return takes up to n rewards. It stops after a step that ended the episode, and at the newest step.
+        """
+        rows = (row[:, None] + self.steps_ahead) % self.rows  # (B, n)
+        last = self.ended[rows, env[:, None]] | (rows == self.newest)
+        taken = torch.cumsum(last, 1) - last.long() == 0  # (B, n): no stop before this step
+        rewards = self.reward[rows, env[:, None]] * self.gamma**self.steps_ahead
+        num_taken = taken.sum(1)
+        return (rewards * taken).sum(1), self.gamma**num_taken, (row + num_taken - 1) % self.rows
+
+    def sample(self, batch_size):
+        """Draw a Batch with replacement, uniformly over what is stored."""
+        device = self.reward.device
+        # float64, so that every row can be drawn and rounding never reaches `filled`
+        row = (torch.rand(batch_size, dtype=torch.float64, device=device) * self.filled).long()
+        env = torch.randint(self.num_envs, (batch_size,), device=device)
+        reward, discount, last = self.n_step_return(row, env)
+        state, next_state = self.state[row, env], self.next_state[last, env]
+        return Batch(
+            state=standardise(state),
+            obs=agent_observations(state, self.num_agents),
+            actions=self.actions[row, env],
+            reward=reward,
+            discount=discount,
+            next_state=standardise(next_state),
+            next_obs=agent_observations(next_state, self.num_agents),
+            terminated=self.terminated[last, env],
+        )
+
+
+# ---- The update ----
+class Learner:
+    """Networks, targets, optimisers and loss histories, and the updates that change them in place on the device."""
+
+    def __init__(self, state_size, low, high, args, device):
+        self.args = args
+        self.num_agents, self.act_size = low.shape
+        self.actor = Actor(state_size + self.num_agents, low, high, args).to(device)
+        self.critic = Critic(state_size + low.size, args).to(device)
+        self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.actor_parameters = list(self.actor.parameters())
+        adam = dict(fused=True, capturable=device.type == "cuda")
+        self.actor_optimizer = torch.optim.Adam(self.actor_parameters, lr=args.actor_lr, **adam)
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=args.critic_lr, **adam)
+        # in critic updates and in agents' updates, both the length of `history_length` policy updates
+        critic_length, actor_length = args.history_length * args.policy_freq, args.history_length * self.num_agents
+        self.critic_coefficient = AdaptiveCoefficient(args.critic_diversity_coef, critic_length, device)
+        self.actor_coefficient = AdaptiveCoefficient(args.actor_diversity_coef, actor_length, device)
+
+    def update_critic(self, batch):
+        """One step on the sum of the members' TD errors. Returns its losses as detached scalars on the device."""
+        args = self.args
+        with torch.no_grad():
+            actor = self.target_actor
+            noise = torch.randn_like(batch.actions).mul_(args.target_noise)
+            noise = noise.clamp_(-args.target_noise_clip, args.target_noise_clip) * actor.scale
+            next_actions = actor.act(batch.next_obs, actor.effective_weights()) + noise
+            next_actions = torch.clamp(next_actions, actor.low, actor.high)
+            next_input = torch.cat([batch.next_state, next_actions.flatten(-2)], -1)
+            next_values = self.target_critic(next_input, self.target_critic.effective_weights()).squeeze(-1)  # (K, B)
+            bootstrap = batch.discount * ~batch.terminated
+            target = batch.reward + bootstrap * next_values.amin(-2)  # (B,): the lowest of the members, as TD3's
+
+        critic_input = torch.cat([batch.state, batch.actions.flatten(-2)], -1)
+        values = self.critic(critic_input, self.critic.effective_weights()).squeeze(-1)  # (K, B)
+        loss = (values - target).square().mean(-1).sum(-1)
+        diversity = diversity_loss(self.critic, args.layer_weights, args.weighted_diversity)
+        coefficient = self.critic_coefficient(loss, diversity)
+        total = loss + coefficient * diversity
+        self.critic_optimizer.zero_grad()
+        total.backward()
+        self.critic_optimizer.step()
+        return {
+            "losses/critic": loss.detach(),
+            "losses/critic_diversity": diversity.detach(),
+            "losses/critic_total": total.detach(),
+            "coefficients/critic": coefficient,
+            "values/q": values.detach().mean(),
+            "values/target": target.mean(),
+        }
+
+    def update_actor(self, batch):
+        """One step for each agent in turn on the shared weights. Returns mean losses over agents, on the device.
+
+        Agent i's loss takes agent i's action from its policy, and the others' from the buffer.
+        """
+        args, act = self.args, self.act_size
+        with torch.no_grad():  # the critic stays the same for all agents, and so does most of its first layer
+            critic_weights = self.critic.effective_weights()
+            joint_actions = batch.actions.flatten(-2)
+            first = torch.cat([batch.state, joint_actions], -1) @ critic_weights[0].mT + self.critic.layers[0].bias
+            action_columns = critic_weights[0][..., batch.state.shape[-1] :]  # (K, hidden, N act)
+        logs = []
+        for agent in range(self.num_agents):
+            own = slice(agent * act, (agent + 1) * act)
+            actions = self.actor.act_alone(batch.obs[..., agent, :], agent)
+            change = (actions - joint_actions[..., own]) @ action_columns[..., own].mT
+            loss = -self.critic.after_first(first + change, critic_weights).mean((-3, -2, -1))
+            diversity = diversity_loss(self.actor, args.layer_weights, args.weighted_diversity)
+            coefficient = self.actor_coefficient(loss, diversity)
+            total = loss + coefficient * diversity
+            self.actor_optimizer.zero_grad()
+            total.backward(inputs=self.actor_parameters)  # leaves the critic's gradients alone
+            self.actor_optimizer.step()
+            logs.append(torch.stack([loss.detach(), diversity.detach(), coefficient]))
+        loss, diversity, coefficient = torch.stack(logs).mean(0)
+        return {"losses/actor": loss, "losses/actor_diversity": diversity, "coefficients/actor": coefficient}
+
+    @torch.no_grad()
+    def update_targets(self):
+        """Polyak averaging: the target critic once, the target actor once per agent, both in one step each."""
+        rates = (self.args.polyak, 1 - (1 - self.args.polyak) ** self.num_agents)
+        pairs = ((self.critic, self.target_critic), (self.actor, self.target_actor))
+        for rate, (network, target) in zip(rates, pairs, strict=True):
+            for parameter, target_parameter in zip(network.parameters(), target.parameters(), strict=True):
+                target_parameter.lerp_(parameter, rate)
+
+    def update(self, batch, with_policy):
+        """A critic update and, `with_policy`, the agents' updates and the targets'. Returns losses by name."""
+        logs = self.update_critic(batch)
+        if with_policy:
+            logs |= self.update_actor(batch)
+            self.update_targets()
+        return logs
+
+
+# ---- Evaluation, saving ----
+@torch.no_grad()
+def evaluate(actor, envs, seed):
+    """Run one episode in every environment with deterministic actions: returns (E,), lengths (E,).
+
+    Waiting for every environment's first episode, and for no other, counts long and short episodes alike.
+    """
+    weights = actor.effective_weights()
+    returns, lengths, finished = np.zeros(envs.num_envs), np.zeros(envs.num_envs), np.zeros(envs.num_envs, bool)
+    obs, _ = envs.reset(seed=seed)
+    while not finished.all():
+        actions = actor.act(torch.as_tensor(obs, device=actor.scale.device), weights)
+        obs, _, _, _, infos = envs.step(actions.cpu().numpy())
+        if "episode" in infos:
+            first = infos["_episode"] & ~finished
+            returns[first], lengths[first] = infos["episode"]["r"][first], infos["episode"]["l"][first]
+            finished |= first
+    return returns, lengths
+
+
+def save_model(path, learner, global_step):
+    """Write actor, critic and arguments; a reader never sees half a file."""
+    model = {"actor": learner.actor.state_dict(), "critic": learner.critic.state_dict()}
+    model |= {"args": dataclasses.asdict(learner.args), "global_step": global_step}
+    torch.save(model, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+def load_actor(path, env_id, device):
+    """The actor of a file that save_model wrote and the arguments it was trained with: (Actor, Args)."""
+    try:
+        model = torch.load(path, map_location=device, weights_only=True)
+        args, state = Args(**model["args"]), model["actor"]
+        actor = Actor(state["layers.0.weight"].shape[1], state["low"].cpu().numpy(), state["high"].cpu().numpy(), args)
+        actor.load_state_dict(state)
+    except OSError as error:
+        fail(f"--evaluate {path}: {error.strerror or error}, expected a file that --save-model wrote")
+    except Exception as error:  # what a damaged or foreign file raises depends on where it breaks
+        reason = str(error).split("\n")[0]
+        fail(f"--evaluate {path}: not a model that --save-model wrote ({type(error).__name__}: {reason})")
+    if env_id not in (Args.env_id, args.env_id):
+        fail(f"--env-id {env_id}: the model in {path} was trained on {args.env_id}")
+    return actor.to(device), args
+
+
+# ---- Command line ----
+def fail(message):
+    """End with one line on stderr and exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def parse_args(argv=None):
+    """The checked arguments, tuned values filled in. Bad ones end in one line on stderr and exit code 2."""
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            args = tyro.cli(Args, args=argv)
+    except SystemExit as stop:
+        if stop.code:  # take tyro's message out of its box, and leave out the box's title and rules
+            lines = re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯]", "", complaint.getvalue()).splitlines()
+            fail(" ".join(" ".join(line for line in lines if "──" not in line and "─ " not in line).split()))
+        raise
+    for name, tuned in zip(("n_step", "policy_freq"), TUNED.get(args.env_id, UNTUNED), strict=True):
+        if getattr(args, name) is None:
+            setattr(args, name, tuned)
+    check_args(args)
+    return args
+
+
+def check_args(args):
+    """Refuse what cannot work, before anything is made."""
+
+    def require(names, condition, expected):
+        for name in names.split():
+            value = getattr(args, name)
+            if not condition(value):
+                fail(f"--{name.replace('_', '-')} is {value}, expected {expected}")
+
+    counts = "num_envs episode_limit buffer_size batch_size train_interval updates_per_round policy_freq n_step"
+    require(counts, lambda x: x >= 1, "at least 1")
+    require("hidden_size num_critics history_length log_interval", lambda x: x >= 1, "at least 1")
+    require("num_threads eval_interval eval_episodes", lambda x: x >= 0, "at least 0")
+    require("actor_reset_interval critic_reset_interval", lambda x: x >= 0, "at least 0")
+    require("gamma polyak actor_reset_ratio", lambda x: 0 <= x <= 1, "a number from 0 to 1")
+    scales = "actor_threshold_scale critic_threshold_scale actor_diversity_coef critic_diversity_coef"
+    noises = "exploration_noise target_noise target_noise_clip actor_lr critic_lr"
+    require(f"{scales} {noises}", lambda x: 0 <= x < math.inf, "a finite number of at least 0")
+    require("actor_threshold_bias critic_threshold_bias", math.isfinite, "a finite number")
+    require("layer_weights", lambda x: all(0 <= w < math.inf for w in x), "finite numbers of at least 0")
+    require("seed", lambda x: 0 <= x < 2**63, "an integer from 0 to 2^63 - 1")
+    require("exp_name", lambda x: re.fullmatch(r"[\w.+-]+", x), "letters, digits and any of _ . + -")
+    require("buffer_size", lambda x: x >= args.num_envs, f"at least --num-envs {args.num_envs}")
+    require("total_timesteps", lambda x: x > args.warmup_steps, f"more than --warmup-steps {args.warmup_steps}")
+    available = min(args.warmup_steps, args.buffer_size)
+    expected = f"at most the {available} transitions that the buffer holds after the warm-up"
+    require("batch_size", lambda x: x <= available, expected)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device is cuda, expected cpu or auto: PyTorch finds no CUDA device here")
+    try:
+        parse_env_id(args.env_id)
+    except ValueError as error:
+        fail(f"--env-id: {error}")
+
+
+def make_run_folder(args):
+    """Make and return runs/{env_id}__{exp_name}__{seed}__{time}, a new folder."""
+    now = int(time.time())
+    while True:
+        name = f"{args.env_id.replace('|', '_')}__{args.exp_name}__{args.seed}__{now}"
+        try:
+            os.makedirs(os.path.join("runs", name))
+            return os.path.join("runs", name)
+        except FileExistsError as error:
+            if not os.path.isdir("runs"):
+                fail(f"runs: {error.strerror}, expected a folder to write to")
+            now += 1  # another run started in this second
+        except OSError as error:
+            fail(f"{error.filename}: {error.strerror}, expected a folder to write to")
+
+
+def main():
+    args = parse_args()
+    device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    eval_seed = args.seed + 1_000_000  # episodes of evaluation start from states of their own
+
+    if args.evaluate is not None:
+        actor, trained = load_actor(args.evaluate, args.env_id, device)
+        num_episodes = max(args.eval_episodes, 1)
+        eval_envs = MaMuJoCoVecEnv(trained.env_id, num_episodes, eval_seed, args.num_threads, trained.episode_limit)
+        returns, lengths = evaluate(actor, eval_envs, eval_seed)
+        print(
+            f"{trained.env_id}: return {returns.mean():.1f} +- {returns.std():.1f} (std), "
+            f"length {lengths.mean():.0f}, {num_episodes} episodes"
+        )
+        return
+
+    run_folder = make_run_folder(args)
+    writer = SummaryWriter(run_folder)
+    rows = "\n".join(f"|{name}|{value}|" for name, value in dataclasses.asdict(args).items())
+    writer.add_text("hyperparameters", f"|name|value|\n|-|-|\n{rows}")
+    print(f"{run_folder} on {device}: n_step {args.n_step}, policy_freq {args.policy_freq}")
+    torch.manual_seed(args.seed)
+
+    envs = MaMuJoCoVecEnv(args.env_id, args.num_envs, args.seed, args.num_threads, args.episode_limit)
+    space = envs.single_action_space
+    learner = Learner(envs.state_size, space.low, space.high, args, device)
+    actor = learner.actor
+    buffer_rows = -(-min(args.buffer_size, args.total_timesteps) // args.num_envs)
+    replay = Replay(buffer_rows, args.num_envs, envs.state_size, space.shape, args.n_step, args.gamma, device)
+    if args.eval_episodes:
+        limit, threads = args.episode_limit, args.num_threads
+        eval_envs = MaMuJoCoVecEnv(args.env_id, args.eval_episodes, eval_seed, threads, limit)
+
+    global_step = num_updates = 0
+    logs = {}
+    training_seconds, trained_steps = 0.0, 0  # without warm-up and evaluation
+    status = {}
+    obs, infos = envs.reset()
+    state = infos["state"]
+    progress = tqdm(total=args.total_timesteps, unit="step", unit_scale=True, dynamic_ncols=True)
+    while global_step < args.total_timesteps:
+        previous_step, round_start = global_step, time.perf_counter()
+
+        # act: the weights stay the same for a whole round, and so do the effective ones
+        with torch.no_grad():
+            weights = actor.effective_weights()
+        steps_left = -(-(args.total_timesteps - global_step) // args.num_envs)
+        for _ in range(min(args.train_interval, steps_left)):
+            with torch.no_grad():
+                if global_step < args.warmup_steps:
+                    uniform = torch.rand(args.num_envs, *space.shape, device=device)
+                    actions = actor.low + (actor.high - actor.low) * uniform
+                else:
+                    actions = actor.act(torch.as_tensor(obs, device=device), weights)
+                    actions += torch.randn_like(actions) * actor.scale * args.exploration_noise
+                    actions = torch.clamp(actions, actor.low, actor.high)
+            actions = actions.cpu().numpy()
+            obs, reward, terminated, truncated, infos = envs.step(actions)
+            replay.add(state, actions, reward, infos["final_state"], terminated, truncated)
+            state = infos["state"]
+            global_step += args.num_envs
+            if "episode" in infos:
+                ended, episode = infos["_episode"], infos["episode"]
+                writer.add_scalar("charts/episodic_return", episode["r"][ended].mean(), global_step)
+                writer.add_scalar("charts/episodic_length", episode["l"][ended].mean(), global_step)
+
+        # learn
+        if global_step > args.warmup_steps:
+            for _ in range(args.updates_per_round):
+                num_updates += 1
+                batch = replay.sample(args.batch_size)
+                logs |= learner.update(batch, with_policy=num_updates % args.policy_freq == 0)
+            if reset_due(args.actor_reset_interval, previous_step, global_step, args.total_timesteps):
+                num_reset = reset_actor(actor, args.actor_reset_ratio)
+                writer.add_scalar("resets/actor_weights", num_reset.item(), global_step)
+            if reset_due(args.critic_reset_interval, previous_step, global_step, args.total_timesteps):
+                member = (global_step // args.critic_reset_interval - 1) % args.num_critics
+                reset_critic(learner.critic, member)
+                writer.add_scalar("resets/critic_member", member, global_step)
+
+        # log
+        if logs and reached(args.log_interval, previous_step, global_step):
+            for name, value in logs.items():
+                writer.add_scalar(name, value.item(), global_step)
+            for name, network in (("actor", actor), ("critic", learner.critic)):
+                for layer, share in enumerate(network.sparsity().tolist(), start=1):
+                    writer.add_scalar(f"masks/{name}_sparsity_layer{layer}", share, global_step)
+                writer.add_scalar(f"masks/{name}_difference", network.mask_difference().item(), global_step)
+            writer.add_scalar("charts/updates", num_updates, global_step)
+            writer.add_scalar("charts/unstable_episodes", infos["unstable"], global_step)
+        if global_step > args.warmup_steps:
+            training_seconds += time.perf_counter() - round_start
+            trained_steps += global_step - previous_step
+            status["SPS"] = int(trained_steps / training_seconds)
+            if reached(args.log_interval, previous_step, global_step):
+                writer.add_scalar("charts/SPS", status["SPS"], global_step)
+
+        # evaluate, save
+        finished = global_step >= args.total_timesteps
+        if args.eval_episodes and (finished or reached(args.eval_interval, previous_step, global_step)):
+            returns, lengths = evaluate(actor, eval_envs, eval_seed)
+            writer.add_scalar("charts/eval_return", returns.mean(), global_step)
+            writer.add_scalar("charts/eval_return_std", returns.std(), global_step)
+            writer.add_scalar("charts/eval_length", lengths.mean(), global_step)
+            status["eval"] = f"{returns.mean():.1f}+-{returns.std():.1f}"
+        if args.save_model and (finished or reached(args.eval_interval, previous_step, global_step)):
+            save_model(os.path.join(run_folder, "model.pt"), learner, global_step)
+        progress.set_postfix(status, refresh=False)
+        progress.update(global_step - previous_step)
+
+    progress.close()
+    writer.close()
+    envs.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,766 @@
+"""mamujoco_env: against Gymnasium's v4 tasks, against written-out numbers, and against its own contract."""
+
+import copy
+import math
+import warnings
+
+import gymnasium
+import mujoco
+import numpy as np
+import pytest
+import torch
+from gymnasium.vector import AutoresetMode, VectorEnv
+from mujoco.batch import SimulationError
+
+from mamujoco_env import MaMuJoCoVecEnv, agent_observations, standardise
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*settotalmass.*"),  # Gymnasium's half-cheetah
+    pytest.mark.filterwarnings("ignore:.*out of date.*:DeprecationWarning"),  # its v4 tasks
+]
+
+
+@pytest.fixture(autouse=True)
+def away_from_the_repository(tmp_path, monkeypatch):
+    """MuJoCo writes its log into the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+
+# Who controls which joints, and how many numbers the state has: written out, since the module under test has a
+# table of its own that may be wrong.
+UPPER = "left_shoulder1 left_shoulder2 abdomen_x abdomen_y abdomen_z right_shoulder1 right_shoulder2 right_elbow"
+UPPER += " left_elbow"
+LEGS = "left_hip_x left_hip_y left_hip_z right_hip_x right_hip_y right_hip_z right_knee left_knee"
+ALONE = [
+    *("left_shoulder1", "left_shoulder2", "abdomen_x", "abdomen_y", "abdomen_z"),
+    *("right_shoulder1", "right_shoulder2", "right_elbow", "left_elbow"),
+    *("left_hip_x", "left_hip_y", "left_hip_z", "right_hip_x", "right_hip_y", "right_hip_z"),
+    *("right_knee", "left_knee"),
+]
+OWNERS = {
+    "Ant-v2-2x4": (111, ["hip_1 ankle_1 hip_2 ankle_2", "hip_3 ankle_3 hip_4 ankle_4"]),
+    "Ant-v2-2x4d": (111, ["hip_1 ankle_1 hip_3 ankle_3", "hip_2 ankle_2 hip_4 ankle_4"]),
+    "Ant-v2-4x2": (111, ["hip_1 ankle_1", "hip_2 ankle_2", "hip_3 ankle_3", "hip_4 ankle_4"]),
+    "Ant-v2-8x1": (111, ["hip_1", "ankle_1", "hip_2", "ankle_2", "hip_3", "ankle_3", "hip_4", "ankle_4"]),
+    "HalfCheetah-v2-2x3": (17, ["bfoot bshin bthigh", "ffoot fshin fthigh"]),
+    "HalfCheetah-v2-3x2": (17, ["bfoot bshin", "bthigh ffoot", "fshin fthigh"]),
+    "HalfCheetah-v2-6x1": (17, ["bfoot", "bshin", "bthigh", "ffoot", "fshin", "fthigh"]),
+    "Hopper-v2-3x1": (11, ["thigh_joint", "leg_joint", "foot_joint"]),
+    "Walker2d-v2-2x3": (
+        17,
+        ["foot_joint leg_joint thigh_joint", "foot_left_joint leg_left_joint thigh_left_joint"],
+    ),
+    "Walker2d-v2-3x2": (
+        17,
+        ["foot_joint leg_joint", "thigh_joint foot_left_joint", "leg_left_joint thigh_left_joint"],
+    ),
+    "Walker2d-v2-6x1": (
+        17,
+        ["foot_joint", "leg_joint", "thigh_joint", "foot_left_joint", "leg_left_joint", "thigh_left_joint"],
+    ),
+    "Humanoid-v2-9|8": (376, [UPPER, LEGS]),
+    "Humanoid-v2-17x1": (376, ALONE),
+    "HumanoidStandup-v2-9|8": (376, [UPPER, LEGS]),
+    "HumanoidStandup-v2-17x1": (376, ALONE),
+    "Reacher-v2-2x1": (11, ["joint0", "joint1"]),
+    "Swimmer-v2-2x1": (8, ["motor1_rot", "motor2_rot"]),
+    "coupled_half_cheetah-1p1": (
+        35,
+        [
+            "bthigh bshin bfoot fthigh fshin ffoot",
+            "second_bthigh second_bshin second_bfoot second_fthigh second_fshin second_ffoot",
+        ],
+    ),
+    "manyagent_swimmer-1x1": (6, ["rot0"]),
+    "manyagent_swimmer-2x1": (8, ["rot0", "rot1"]),
+    "manyagent_swimmer-3x2": (16, ["rot0 rot1", "rot2 rot3", "rot4 rot5"]),
+    "manyagent_swimmer-10x2": (44, [f"rot{2 * i} rot{2 * i + 1}" for i in range(10)]),
+    "manyagent_ant-1x2": (117, ["hip1_0 ankle1_0 hip2_0 ankle2_0 hip1_1 ankle1_1 hip2_1 ankle2_1"]),
+    "manyagent_ant-2x1": (117, ["hip1_0 ankle1_0 hip2_0 ankle2_0", "hip1_1 ankle1_1 hip2_1 ankle2_1"]),
+    "manyagent_ant-3x1": (
+        167,
+        ["hip1_0 ankle1_0 hip2_0 ankle2_0", "hip1_1 ankle1_1 hip2_1 ankle2_1", "hip1_2 ankle1_2 hip2_2 ankle2_2"],
+    ),
+}
+ONE_EACH = [
+    *("Ant-v2-4x2", "HalfCheetah-v2-2x3", "Hopper-v2-3x1", "Walker2d-v2-2x3", "Humanoid-v2-9|8"),
+    *("HumanoidStandup-v2-17x1", "Reacher-v2-2x1", "Swimmer-v2-2x1"),
+    *("coupled_half_cheetah-1p1", "manyagent_swimmer-3x2", "manyagent_ant-2x1"),
+]
+
+
+def joints_of(env_id):
+    return [joints.split() for joints in OWNERS[env_id][1]]
+
+
+def actuator_of(model, joint):
+    (actuator,) = np.flatnonzero(model.actuator_trnid[:, 0] == model.joint(joint).id)
+    return actuator
+
+
+def random_actions(envs, steps, seed=0):
+    """(steps, E, N, act) float64, uniform within the bounds."""
+    low, high = envs.action_space.low.astype(float), envs.action_space.high.astype(float)
+    return np.random.default_rng(seed).uniform(low, high, (steps, *low.shape))
+
+
+def rollout(envs, actions):
+    """All that stepping with actions (T, E, N, act) returns, as a dict of arrays (T, E, ...)."""
+    rows = []
+    for action in actions:
+        obs, reward, terminated, truncated, infos = envs.step(action)
+        row = {"obs": obs, "reward": reward, "terminated": terminated, "truncated": truncated}
+        row.update({name: infos[name] for name in ("state", "final_obs", "final_state", "_final_obs")})
+        for name in ("r", "l"):  # valid where an episode has ended
+            value = infos["episode"][name] if "episode" in infos else 0
+            row[name] = np.where(infos["_final_obs"], value, 0)
+        rows.append(row)
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def assert_same(a, b, environments=slice(None)):
+    """Two rollouts are the same bit for bit, in some environments or in all."""
+    assert a.keys() == b.keys()
+    for name in a:
+        ours, theirs = a[name][:, environments], b[name][:, environments]
+        differing = np.argwhere(ours != theirs)
+        assert np.array_equal(ours, theirs), f"{name} differs first at (step, environment, ...) {differing[:1]}"
+
+
+# ---- Gymnasium's v4 tasks ----
+CONTACT_FORCES = 6 * 14  # of Ant and Humanoid: 14 bodies
+
+
+@pytest.mark.parametrize(
+    ("env_id", "episode_limit", "terminations"),
+    [
+        ("Ant-v2-2x4d", 300, 3),
+        ("HalfCheetah-v2-3x2", 100, 0),
+        ("Hopper-v2-3x1", 1000, 3),
+        ("Walker2d-v2-3x2", 1000, 3),
+        ("Humanoid-v2-9|8", 1000, 3),
+        ("HumanoidStandup-v2-17x1", 100, 0),
+        ("Reacher-v2-2x1", 50, 0),
+        ("Swimmer-v2-2x1", 100, 0),
+    ],
+)
+def test_agrees_with_gymnasium(env_id, episode_limit, terminations):
+    task, seed, num_envs, steps = env_id.split("-")[0], 7, 3, 1000
+    envs = MaMuJoCoVecEnv(env_id, num_envs, seed=0, episode_limit=episode_limit)
+    oracles = [gymnasium.make(f"{task}-v4").unwrapped for _ in range(num_envs)]
+    for i, oracle in enumerate(oracles):
+        oracle.np_random = np.random.default_rng([seed, i])  # reset() without a seed leaves it in place
+
+    def state_of(observation):
+        if task == "Ant":  # v4 leaves the contact forces out
+            return np.concatenate([observation, np.zeros(CONTACT_FORCES)])
+        if task.startswith("Humanoid"):  # v4 computes them
+            observation[-CONTACT_FORCES:] = 0
+        return observation
+
+    _, infos = envs.reset(seed=seed)
+    for i, oracle in enumerate(oracles):
+        assert np.array_equal(infos["state"][i], state_of(oracle.reset()[0]))
+    places = [(a, k, joint) for a, joints in enumerate(joints_of(env_id)) for k, joint in enumerate(joints)]
+    ended, lengths = [], np.zeros(num_envs, int)
+    for actions in random_actions(envs, steps, seed=1):
+        _, reward, terminated, truncated, infos = envs.step(actions)
+        lengths += 1
+        for i, oracle in enumerate(oracles):
+            joint_action = np.full(oracle.model.nu, np.nan)
+            for agent, k, joint in places:
+                joint_action[actuator_of(oracle.model, joint)] = actions[i, agent, k]
+            observation, expected, oracle_terminated, _, info = oracle.step(joint_action)
+            expected -= info.get("reward_impact", 0.0)  # HumanoidStandup's contact cost
+            assert np.array_equal(infos["final_state"][i], state_of(observation))
+            assert abs(reward[i] - expected) < 1e-9
+            assert terminated[i] == oracle_terminated
+            assert truncated[i] == (lengths[i] == episode_limit)
+            state = infos["final_state"][i]
+            if oracle_terminated or truncated[i]:
+                ended.append(oracle_terminated)
+                state, lengths[i] = state_of(oracle.reset()[0]), 0
+            assert np.array_equal(infos["state"][i], state)
+    assert len(ended) >= 3
+    assert sum(ended) >= terminations
+    for oracle in oracles:
+        oracle.close()
+
+
+# ---- Who controls which joints ----
+@pytest.mark.parametrize("env_id", OWNERS)
+def test_actions_reach_their_joints(env_id):
+    agents, state_size, num_envs = joints_of(env_id), OWNERS[env_id][0], 2
+    envs = MaMuJoCoVecEnv(env_id, num_envs)
+    model, num_agents, width = envs.batch.model, len(agents), max(map(len, agents))
+    assert envs.num_agents == num_agents and envs.state_size == state_size
+    assert envs.single_action_space.shape == (num_agents, width)
+    assert envs.single_observation_space.shape == (num_agents, state_size + num_agents)
+    assert envs.action_space.shape == (num_envs, num_agents, width)
+    obs, infos = envs.reset()
+    assert obs.shape == envs.observation_space.shape == (num_envs, num_agents, state_size + num_agents)
+    assert infos["state"].shape == envs.state.shape == (num_envs, state_size)
+
+    actions = np.linspace(0.01, 0.02, num_envs * num_agents * width).reshape(num_envs, num_agents, width)
+    obs, *_, infos = envs.step(actions)
+    assert not infos["_final_obs"].any()  # a reset would have cleared the controls
+    assert obs.shape == envs.observation_space.shape and infos["final_state"].shape == (num_envs, state_size)
+    ctrl, reached = envs.batch.ctrl, set()
+    for agent, joints in enumerate(agents):
+        for k in range(width):
+            low, high = envs.single_action_space.low[agent, k], envs.single_action_space.high[agent, k]
+            if k < len(joints):
+                actuator = actuator_of(model, joints[k])
+                reached.add(actuator)
+                assert np.array_equal(ctrl[:, actuator], actions[:, agent, k])
+                assert np.array_equal([low, high], model.actuator_ctrlrange[actuator].astype(np.float32))
+            else:
+                assert low == high == 0
+                assert not np.isin(actions[:, agent, k], ctrl).any()
+    assert reached == set(range(model.nu))
+
+
+def test_only_unequal_parts_are_padded():
+    low = MaMuJoCoVecEnv("Humanoid-v2-9|8", 1).single_action_space.low
+    assert np.argwhere(low == 0).tolist() == [[1, 8]]
+    padded = [env_id for env_id in OWNERS if len({len(joints) for joints in joints_of(env_id)}) > 1]
+    assert padded == ["Humanoid-v2-9|8", "HumanoidStandup-v2-9|8"]
+
+
+# ---- Models built in code ----
+def capsule_mass(length, radius, density):
+    return density * (math.pi * radius**2 * length + 4 / 3 * math.pi * radius**3)
+
+
+def at_rest(model):
+    data = mujoco.MjData(model)
+    mujoco.mj_forward(model, data)
+    return data
+
+
+def assert_motors(model, joints):
+    """A motor of gear 150 and control +-1 on each of the joints, and nothing else."""
+    assert sorted(actuator_of(model, joint) for joint in joints) == list(range(model.nu))
+    assert (model.actuator_gear == [150, 0, 0, 0, 0, 0]).all()
+    assert (model.actuator_ctrlrange == [-1, 1]).all() and model.actuator_ctrllimited.all()
+    assert (model.actuator_gaintype == mujoco.mjtGain.mjGAIN_FIXED).all() and not model.actuator_biasprm.any()
+    assert (model.actuator_gainprm[:, 0] == 1).all()
+
+
+def assert_integration(envs, timestep, frame_skip):
+    assert envs.batch.model.opt.integrator == mujoco.mjtIntegrator.mjINT_RK4
+    assert envs.batch.model.opt.timestep == timestep
+    envs.step(np.zeros(envs.action_space.shape))
+    assert envs.batch.time == pytest.approx(timestep * frame_skip)
+
+
+def contact_bodies(envs, steps):
+    """Pairs of bodies that touch while environment 0 acts at random."""
+    pairs = set()
+    for actions in random_actions(envs, steps):
+        envs.step(actions)
+        data = envs.batch.get_data(0)
+        mujoco.mj_forward(envs.batch.model, data)
+        pairs |= {tuple(envs.batch.model.geom_bodyid[pair].tolist()) for pair in data.contact.geom}
+    return pairs
+
+
+@pytest.mark.parametrize(
+    ("size", "up"), [("1x1", [1]), ("2x1", [1, 1]), ("3x2", [1, 1, -1, 1, -1, 1]), ("5x1", [1, 1, -1, 1, 1])]
+)
+def test_manyagent_swimmer_is_as_specified(size, up):
+    envs, n = MaMuJoCoVecEnv(f"manyagent_swimmer-{size}", 2), len(up)
+    model = envs.batch.model
+    data = at_rest(model)
+    assert (model.opt.density, model.opt.viscosity) == (4000, 0.1)
+    assert [model.joint(i).name for i in range(3)] == ["slider1", "slider2", "rot"]
+    kinds = [mujoco.mjtJoint.mjJNT_SLIDE] * 2 + [mujoco.mjtJoint.mjJNT_HINGE] * (1 + n)
+    assert model.jnt_type.tolist() == [int(kind) for kind in kinds]
+    assert model.jnt_axis.tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1]] + [[0, 0, z] for z in up]
+    assert model.jnt_limited.tolist() == [0] * 3 + [1] * n
+    assert np.allclose(np.degrees(model.jnt_range[3:]), [-100, 100])
+    assert (model.dof_armature[3:] == 0.1).all()
+    assert not model.jnt_pos.any() and not model.qpos0.any()
+    assert (model.nq, model.nv, model.nu, model.nbody) == (3 + n, 3 + n, n, 2 + n)
+    assert np.allclose(model.body_mass[1:], capsule_mass(1.0, 0.1, 1000))
+    assert np.allclose(data.xpos[2:, 0], [0.5 - i for i in range(n)]) and not data.xpos[1:, 1:].any()
+    centres = data.geom_xpos[model.geom_type == mujoco.mjtGeom.mjGEOM_CAPSULE]
+    assert np.allclose(centres, [[1.0 - i, 0, 0] for i in range(1 + n)])
+    assert_motors(model, [f"rot{i}" for i in range(n)])
+    assert not contact_bodies(envs, 30)
+    envs.reset()
+    assert_integration(envs, timestep=0.005, frame_skip=4)
+
+
+def test_manyagent_swimmer_rewards_speed_and_resets_with_uniform_noise():
+    envs = MaMuJoCoVecEnv("manyagent_swimmer-2x2", 50, episode_limit=10)
+    _, infos = envs.reset()
+    for part in (infos["state"], envs.batch.qpos[:, :2]):
+        assert np.abs(part).max() <= 0.1
+        assert part.std() == pytest.approx(0.1 / math.sqrt(3), rel=0.15)
+    for actions in random_actions(envs, 9):
+        before = envs.batch.qpos.copy()
+        _, reward, terminated, _, infos = envs.step(actions)
+        after = envs.batch.qpos
+        for i in range(50):
+            assert reward[i] == pytest.approx((after[i, 0] - before[i, 0]) / 0.02 - 1e-4 * (actions[i] ** 2).sum())
+            expected = np.concatenate([after[i, 2:], envs.batch.qvel[i]])
+            assert np.array_equal(infos["state"][i], expected)
+        assert not terminated.any()
+
+
+@pytest.mark.parametrize("size", ["1x1", "2x1", "2x2"])
+def test_manyagent_ant_is_as_specified(size):
+    envs = MaMuJoCoVecEnv(f"manyagent_ant-{size}", 2)
+    agents, each = map(int, size.split("x"))
+    model, n = envs.batch.model, agents * each
+    data = at_rest(model)
+    names = [f"{part}{leg}_{i}" for i in range(n) for leg in (1, 2) for part in ("hip", "ankle")]
+    assert [model.joint(j).name for j in range(model.njnt)] == ["root", *names]
+    assert model.jnt_type[0] == mujoco.mjtJoint.mjJNT_FREE
+    assert (model.nq, model.nv, model.nu) == (7 + 4 * n, 6 + 4 * n, 4 * n)
+    assert envs.state_size == (model.nq - 2) + model.nv + 6 * model.nbody
+    assert_motors(model, names)
+    assert (model.dof_armature[6:] == 1).all() and (model.dof_damping[6:] == 1).all()
+    assert not model.dof_armature[:6].any() and not model.dof_damping[:6].any()
+    assert (model.geom_friction[:, 0] == 1).all() and (model.geom_friction[:, 1:] == 0.5).all()
+    assert (model.geom_margin == 0.01).all()
+
+    # a capsule is known by its two ends; legs go out from a segment in three capsules
+    def ends(geom):
+        half = model.geom_size[geom, 1] * data.geom_xmat[geom].reshape(3, 3)[:, 2]
+        return tuple(sorted(tuple(np.round(data.geom_xpos[geom] + sign * half, 6) + 0.0) for sign in (-1, 1)))
+
+    capsules = {ends(geom): geom for geom in range(model.ngeom) if model.geom_type[geom] != 0}
+    mass, expected_capsules = 0.0, 0
+    for i in range(n):
+        origin = np.array([-i, 0, 0.75])
+        if i > 0:
+            spine = tuple(sorted([tuple(origin), tuple(origin + [1, 0, 0])]))
+            assert model.geom_size[capsules[spine], 0] == 0.1
+            mass, expected_capsules = mass + capsule_mass(1.0, 0.1, 100), expected_capsules + 1
+        for leg, side in ((1, 1), (2, -1)):
+            if i == 0:
+                steps = [(0.2, 0.2 * side, 0), (0.2, 0.2 * side, 0), (0.4, 0.4 * side, 0)]
+                ankle_range, ankle_axis = [30, 70], [-side, 1, 0]
+            else:
+                steps = [(0, 0.2 * side, 0), (-0.2, 0.2 * side, 0), (-0.4, 0.4 * side, 0)]
+                ankle_range, ankle_axis = [-70, -30], [side, 1, 0]
+            corners = origin + np.cumsum([(0, 0, 0), *steps], axis=0)
+            for start, end in zip(corners[:-1], corners[1:], strict=True):
+                key = tuple(sorted(tuple(np.round(corner, 6) + 0.0) for corner in (start, end)))
+                assert model.geom_size[capsules[key], 0] == 0.08
+                mass, expected_capsules = mass + capsule_mass(math.dist(start, end), 0.08, 5), expected_capsules + 1
+            hip, ankle = model.joint(f"hip{leg}_{i}"), model.joint(f"ankle{leg}_{i}")
+            assert np.allclose(data.xanchor[hip.id], corners[1]) and np.allclose(data.xanchor[ankle.id], corners[2])
+            assert np.allclose(data.xaxis[hip.id], [0, 0, 1])
+            assert np.allclose(data.xaxis[ankle.id], np.array(ankle_axis) / math.sqrt(2))
+            assert np.allclose(np.degrees(hip.range), [-30, 30]) and np.allclose(np.degrees(ankle.range), ankle_range)
+            assert model.jnt_limited[[hip.id, ankle.id]].all()
+    assert len(capsules) == expected_capsules == model.ngeom - 1
+    assert model.body_mass.sum() == pytest.approx(mass)
+
+    pairs = contact_bodies(envs, 40)
+    assert pairs and all(0 in pair for pair in pairs)  # only the floor, of the world's body, is touched
+    envs.reset()
+    assert_integration(envs, timestep=0.005, frame_skip=4)
+
+
+def test_manyagent_ant_rewards_and_terminates():
+    envs = MaMuJoCoVecEnv("manyagent_ant-2x1", 4)
+    torso = envs.batch.model.body("torso_0").id
+    xpos = envs.batch.bind("xpos")
+    envs.reset()
+    for actions in random_actions(envs, 20):
+        before = xpos[:, torso, 0].copy()
+        _, reward, _, _, infos = envs.step(actions)
+        for i in np.flatnonzero(~infos["_final_obs"]):
+            velocity = (xpos[i, torso, 0] - before[i]) / 0.02
+            assert reward[i] == pytest.approx(velocity - 0.5 * (actions[i] ** 2).sum() + 1)
+            expected = np.concatenate([envs.batch.qpos[i, 2:], envs.batch.qvel[i], np.zeros(6 * 15)])
+            assert np.array_equal(infos["state"][i], expected)
+    envs.reset()
+    envs.batch.qvel[:] = 0
+    envs.batch.qpos[:, 2] = [1.05, 0.75, 0.95, 0.1]
+    _, _, terminated, _, infos = envs.step(np.zeros(envs.action_space.shape))
+    height = infos["final_state"][:, 0]
+    assert height[0] > 1.0 and height[3] < 0.2
+    assert terminated.tolist() == [True, False, False, True]
+    assert infos["unstable"] == 0  # these are the task's own terminations
+
+
+def test_manyagent_ant_reset_noise():
+    envs = MaMuJoCoVecEnv("manyagent_ant-2x2", 100)
+    envs.reset()
+    offset = envs.batch.qpos - envs.batch.model.qpos0
+    assert np.abs(offset).max() <= 0.1
+    assert offset.std() == pytest.approx(0.1 / math.sqrt(3), rel=0.1)
+    assert np.abs(envs.batch.qvel).max() > 0.2  # normal, not uniform
+    assert envs.batch.qvel.std() == pytest.approx(0.1, rel=0.1)
+
+
+def test_coupled_half_cheetah_is_as_specified():
+    envs, half = MaMuJoCoVecEnv("coupled_half_cheetah-1p1", 20), MaMuJoCoVecEnv("HalfCheetah-v2-2x3", 1).batch.model
+    model = envs.batch.model
+    data = at_rest(model)
+    assert (model.nq, model.nv, model.nu, model.ntendon, model.neq) == (18, 18, 12, 1, 0)
+    assert model.body_mass.sum() == pytest.approx(14)
+    assert np.allclose(model.body_mass[1:], np.tile(half.body_mass[1:], 2) / 2)
+    torsos = [model.body("torso").id, model.body("second_torso").id]
+    assert np.allclose(data.xpos[torsos], [[0, -1, 0.7], [0, 1, 0.7]])
+    for name in ("jnt_type", "jnt_axis", "jnt_range", "jnt_stiffness", "dof_damping", "dof_armature"):
+        assert np.array_equal(getattr(model, name), np.concatenate([getattr(half, name)] * 2)), name
+    assert np.array_equal(model.actuator_gear, np.concatenate([half.actuator_gear] * 2))
+    assert model.tendon_limited.all() and model.tendon_range.tolist() == [[1.5, 3.5]]
+    assert model.tendon_stiffness.reshape(-1)[0] == 0.1
+    assert data.ten_length == pytest.approx([2.0])
+    assert model.opt.timestep == half.opt.timestep == 0.01 and model.opt.integrator == half.opt.integrator
+
+    envs.reset()
+    assert np.abs(envs.batch.qpos).max() <= 0.1 < np.abs(envs.batch.qvel).max()
+    for actions in random_actions(envs, 20):
+        before = envs.batch.qpos.copy()
+        _, reward, terminated, _, infos = envs.step(actions)
+        after = envs.batch.qpos
+        for i in range(20):
+            one, two = (
+                (after[i, x] - before[i, x]) / 0.05 - 0.1 * (actions[i, agent] ** 2).sum()
+                for agent, x in enumerate((0, 9))
+            )
+            assert reward[i] == pytest.approx((one + two) / 2)
+            assert np.array_equal(infos["state"][i], np.concatenate([after[i, 1:], envs.batch.qvel[i]]))
+        assert not terminated.any()
+    assert envs.batch.time == pytest.approx(20 * 0.05)
+
+
+def test_the_tendon_pulls_the_cheetahs_together():
+    """Torsos that are 5 apart feel that the tendon's length is limited to 3.5."""
+    model = MaMuJoCoVecEnv("coupled_half_cheetah-1p1", 1).batch.model
+    data = mujoco.MjData(model)
+    data.joint("second_rootx").qpos = math.sqrt(5**2 - 2**2)
+    mujoco.mj_forward(model, data)
+    assert data.ten_length == pytest.approx([5.0])
+    assert data.joint("second_rootx").qacc < -1 and data.joint("rootx").qacc > 1
+
+
+# ---- Observations ----
+def standardised(vector):
+    """By hand, in float64, with the population's standard deviation."""
+    mean = sum(vector) / len(vector)
+    std = math.sqrt(sum((x - mean) ** 2 for x in vector) / len(vector))
+    return [(x - mean) / std for x in vector]
+
+
+@pytest.mark.parametrize("library", [np.asarray, torch.as_tensor], ids=["numpy", "torch"])
+@pytest.mark.parametrize("leading", [(), (5,), (2, 3)])
+def test_observations_are_the_standardised_state_and_id(library, leading):
+    state = np.random.default_rng(0).normal(3, 20, (*leading, 11))
+    obs, view = agent_observations(library(state), 4), standardise(library(state))
+    assert obs.shape == (*leading, 4, 15) and obs.dtype == library(state).dtype
+    assert view.shape == state.shape
+    for index in np.ndindex(leading):
+        assert np.allclose(view[index], standardised(state[index]), rtol=0, atol=1e-12)
+        for agent in range(4):
+            one_hot = [float(agent == other) for other in range(4)]
+            expected = standardised([*state[index], *one_hot])
+            assert np.allclose(obs[(*index, agent)], expected, rtol=0, atol=1e-12)
+
+
+def test_observations_take_a_dtype():
+    state = np.random.default_rng(0).normal(size=(3, 7))
+    exact = agent_observations(state, 2)
+    assert exact.dtype == np.float64
+    for obs in (agent_observations(state, 2, np.float32), agent_observations(torch.tensor(state), 2, torch.float32)):
+        assert obs.dtype in (np.float32, torch.float32)
+        assert np.array_equal(obs, exact.astype(np.float32))  # computed in float64 and rounded once
+    assert agent_observations(torch.tensor(state, dtype=torch.float32), 2).dtype == torch.float32
+
+
+@pytest.mark.parametrize("library", [np.asarray, torch.as_tensor], ids=["numpy", "torch"])
+def test_a_constant_state_becomes_zeros(library):
+    for value in (0.0, 0.5, -3.0):
+        constant = library(np.full((2, 8), value))
+        assert np.array_equal(standardise(constant), np.zeros((2, 8)))
+        assert np.isfinite(np.asarray(agent_observations(constant, 3))).all()
+
+
+@pytest.mark.parametrize("env_id", ONE_EACH)
+def test_observations_are_a_function_of_the_state(env_id):
+    envs = MaMuJoCoVecEnv(env_id, 2, episode_limit=7)
+    obs, infos = envs.reset()
+    assert np.array_equal(obs, agent_observations(infos["state"], envs.num_agents, np.float32))
+    assert np.array_equal(infos["state"], envs.state)
+    run = rollout(envs, random_actions(envs, 20))
+    assert run["_final_obs"].any()
+    for obs, state in (("obs", "state"), ("final_obs", "final_state")):
+        assert np.array_equal(run[obs], agent_observations(run[state], envs.num_agents, np.float32))
+
+
+# ---- What step returns ----
+def test_is_a_gymnasium_vector_environment():
+    envs = MaMuJoCoVecEnv("Hopper-v2-3x1", 3)
+    assert isinstance(envs, VectorEnv) and envs.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP
+    assert envs.num_envs == 3
+    obs, infos = envs.reset()
+    assert obs in envs.observation_space and obs[0] in envs.single_observation_space
+    assert obs.dtype == np.float32 and infos["state"].dtype == np.float64
+    actions = envs.action_space.sample()
+    assert actions.dtype == np.float32 and actions[0] in envs.single_action_space
+    obs, reward, terminated, truncated, infos = envs.step(actions)
+    assert obs.dtype == infos["final_obs"].dtype == np.float32
+    assert reward.dtype == infos["state"].dtype == infos["final_state"].dtype == np.float64
+    assert terminated.dtype == truncated.dtype == infos["_final_obs"].dtype == bool
+    for array in (reward, terminated, truncated, infos["_final_obs"]):
+        assert array.shape == (3,)
+    assert infos["unstable"] == 0
+    envs.close()
+
+
+def test_same_step_autoreset():
+    """Hoppers that fall at different times, or are cut off after 30 steps."""
+    num_envs, limit = 5, 30
+    envs = MaMuJoCoVecEnv("Hopper-v2-3x1", num_envs, seed=4, episode_limit=limit)
+    _, infos = envs.reset()
+    state, starts = infos["state"], [infos["state"]]
+    returns, lengths = [[] for _ in range(num_envs)], []
+    kinds = set()
+    for actions in random_actions(envs, 200, seed=3):
+        obs, reward, terminated, truncated, infos = envs.step(actions)
+        done = terminated | truncated
+        assert np.array_equal(infos["_final_obs"], done)
+        assert ("episode" in infos) == ("_episode" in infos) == done.any()
+        if done.any():
+            assert np.array_equal(infos["_episode"], done)
+        for i in range(num_envs):
+            returns[i].append(reward[i])
+            assert truncated[i] == (len(returns[i]) == limit)
+            assert not np.array_equal(infos["final_state"][i], state[i])
+            assert np.array_equal(infos["final_state"][i], infos["state"][i]) == (not done[i])
+            assert np.array_equal(infos["final_obs"][i], obs[i]) == (not done[i])
+            if done[i]:
+                kinds.add((terminated[i], truncated[i]))
+                assert infos["episode"]["r"][i] == pytest.approx(sum(returns[i]))
+                assert infos["episode"]["l"][i] == len(returns[i])
+                assert np.abs(infos["state"][i] - [1.25, *[0] * 10]).max() <= 5e-3  # a fresh start: upright
+                lengths.append(len(returns[i]))
+                returns[i] = []
+        state = infos["state"]
+        starts.append(state[done])
+    assert {(True, False), (False, True)} <= kinds and len(set(lengths)) > 2
+    assert len(np.unique(np.concatenate(starts), axis=0)) == num_envs + len(lengths)  # no start twice
+
+
+def test_reset_begins_new_episodes():
+    envs = MaMuJoCoVecEnv("HalfCheetah-v2-2x3", 2, episode_limit=10)
+    rollout(envs, random_actions(envs, 6))
+    envs.reset()
+    run = rollout(envs, random_actions(envs, 10))
+    assert not run["truncated"][:9].any() and run["truncated"][9].all()
+    assert np.allclose(run["r"][9], run["reward"].sum(axis=0))
+
+
+def test_returned_arrays_are_not_written_to_again():
+    envs = MaMuJoCoVecEnv("Hopper-v2-3x1", 4, episode_limit=8)
+    obs, infos = envs.reset()
+    kept = [[obs, infos]]
+    copies = copy.deepcopy(kept)
+    for actions in random_actions(envs, 60):
+        kept.append(list(envs.step(actions)))
+        copies.append(copy.deepcopy(kept[-1]))
+    envs.reset()
+    for array, as_it_was in zip(leaves(kept), leaves(copies), strict=True):
+        assert np.array_equal(array, as_it_was)
+
+
+def leaves(nested):
+    """The arrays and numbers in nested lists and dicts, in order."""
+    if isinstance(nested, dict):
+        nested = list(nested.values())
+    return [leaf for part in nested for leaf in leaves(part)] if isinstance(nested, list) else [nested]
+
+
+# ---- Seeds ----
+@pytest.mark.parametrize("env_id", ONE_EACH)
+def test_a_trajectory_depends_on_its_seed_and_place_only(env_id):
+    largest = MaMuJoCoVecEnv(env_id, 7, seed=5, num_threads=2, episode_limit=15)
+    actions = random_actions(largest, 25)
+    largest.reset(seed=5)
+    expected = rollout(largest, actions)
+    for num_envs, num_threads in ((1, 1), (2, 2), (3, 1), (7, 1)):
+        envs = MaMuJoCoVecEnv(env_id, num_envs, num_threads=num_threads, episode_limit=15)
+        envs.reset(seed=5)
+        assert_same(rollout(envs, actions[:, :num_envs]), expected, environments=range(num_envs))
+
+
+def test_seeds_and_environments_differ():
+    first = MaMuJoCoVecEnv("Ant-v2-4x2", 4, seed=1)
+    states = [first.reset()[1]["state"], first.reset()[1]["state"], first.reset(seed=2)[1]["state"]]
+    assert len(np.unique(np.concatenate(states), axis=0)) == 12
+    assert np.array_equal(first.reset(seed=2)[1]["state"], states[2])
+    again = MaMuJoCoVecEnv("Ant-v2-4x2", 4, seed=1)
+    assert np.array_equal(again.reset()[1]["state"], states[0])
+    assert not np.array_equal(again.reset(seed=3)[1]["state"], states[2])
+
+
+# ---- Saving and resuming ----
+@pytest.mark.parametrize("env_id", ["Hopper-v2-3x1", "Humanoid-v2-17x1", "manyagent_swimmer-3x2"])
+def test_resumes_where_it_was_saved(env_id):
+    envs = MaMuJoCoVecEnv(env_id, 3, seed=8, episode_limit=33)
+    actions = random_actions(envs, 100)
+    envs.reset()
+    rollout(envs, actions[:40])
+    saved = envs.get_state()
+    as_saved = copy.deepcopy(saved)
+    expected = rollout(envs, actions[40:])
+    assert expected["_final_obs"].any()
+    other = MaMuJoCoVecEnv(env_id, 3, seed=9, num_threads=1, episode_limit=33)
+    rollout(other, actions[:5])
+    for resumed in (other, envs):
+        resumed.set_state(saved)
+        assert np.array_equal(resumed.state, as_saved["state"])
+        assert_same(rollout(resumed, actions[40:]), expected)
+    assert all(map(np.array_equal, leaves(saved), leaves(as_saved)))  # neither stepping nor resuming changed it
+
+
+def test_a_state_of_another_shape_is_refused():
+    envs, more = MaMuJoCoVecEnv("Hopper-v2-3x1", 2), MaMuJoCoVecEnv("Hopper-v2-3x1", 3)
+    before = envs.get_state()
+    for other in (more, MaMuJoCoVecEnv("Walker2d-v2-2x3", 2)):
+        with pytest.raises(ValueError, match="shape"):
+            envs.set_state(other.get_state())
+    assert all(map(np.array_equal, leaves(envs.get_state()), leaves(before)))
+
+
+# ---- Bad input ----
+@pytest.mark.parametrize(
+    ("env_id", "message"),
+    [
+        ("Ant", "unknown env id 'Ant'"),
+        ("Ant-v2", "unknown env id 'Ant-v2'"),
+        ("Ant-v5-4x2", "unknown env id 'Ant-v5-4x2'"),
+        ("", "unknown env id"),
+        ("Ant-v2-3x3", "unknown partition '3x3'.*2x4d"),
+        ("Ant-v2-", "unknown partition ''"),
+        ("Humanoid-v2-8|9", "unknown partition"),
+        ("manyagent_swimmer-10", "unknown partition '10'"),
+        ("manyagent_swimmer-0x2", "unknown partition '0x2'"),
+        ("manyagent_ant-2x0", "unknown partition '2x0'"),
+        ("manyagent_ant-2x3x4", "unknown partition '2x3x4'"),
+        ("manyagent_ant-x2", "unknown partition 'x2'"),
+    ],
+)
+def test_unknown_ids_are_refused(env_id, message):
+    with pytest.raises(ValueError, match=message):
+        MaMuJoCoVecEnv(env_id, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("num_envs", 0), ("num_envs", -1), ("seed", -1), ("episode_limit", 0), ("num_threads", -1)]
+)
+def test_impossible_numbers_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} is {value}"):
+        MaMuJoCoVecEnv("Hopper-v2-3x1", **{"num_envs": 1, name: value})
+
+
+def altered(actions, place, value):
+    actions = actions.copy()
+    actions[place] = value
+    return actions
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_bad_actions_are_refused_and_nothing_is_stepped(dtype):
+    envs = MaMuJoCoVecEnv("HalfCheetah-v2-3x2", 4)
+    envs.reset()
+    fine = random_actions(envs, 3)
+    rollout(envs, fine)
+    fine, before = fine[0].astype(dtype), envs.get_state()
+    for value in (np.nan, np.inf, -np.inf):
+        with pytest.raises(ValueError, match="agent 2 in environment 1 is .*(nan|inf)"):
+            envs.step(altered(fine, (1, 2, 0), value))
+    for wrong in (fine[0], fine[:, :2], fine[..., :1], fine.reshape(4, 6), fine[None]):
+        with pytest.raises(ValueError, match="actions have shape"):
+            envs.step(wrong)
+    assert all(map(np.array_equal, leaves(envs.get_state()), leaves(before)))
+
+
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
+def test_large_finite_actions_are_no_error():
+    """MuJoCo clamps them; their squares, which need not be finite, decide nothing."""
+    envs = MaMuJoCoVecEnv("Swimmer-v2-2x1", 4)
+    for value, dtype in ((1.5e19, np.float32), (200.0, np.float16)):
+        envs.step(np.full(envs.action_space.shape, value, dtype))
+
+
+# ---- Instability ----
+def test_an_unstable_environment_ends_alone():
+    disturbed, calm = (MaMuJoCoVecEnv("Walker2d-v2-2x3", 3, seed=2) for _ in range(2))
+    actions = random_actions(calm, 30)
+    expected = rollout(calm, actions)
+    last_good, rows, count = disturbed.state.copy(), [], 0
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for k, action in enumerate(actions):
+            if k in (3, 11, 12):
+                field = "qvel" if k == 3 else "qpos"
+                disturbed.batch.bind(field)[1] = 1e12 if k == 3 else np.nan
+                count += 1
+            run = rollout(disturbed, [action])
+            rows.append(run)
+            if k in (3, 11, 12):
+                assert run["terminated"][0, 1] and run["reward"][0, 1] == 0
+                assert np.array_equal(run["final_state"][0, 1], last_good[1])
+                assert run["l"][0, 1] == {3: 4, 11: 8, 12: 1}[k]
+            assert disturbed.get_state()["unstable"] == count
+            assert all(np.isfinite(value).all() for value in run.values())
+            last_good = run["state"][0]
+    ours = [str(warning.message) for warning in caught if warning.filename == __file__]
+    assert len(caught) == len(ours) == 1  # one for all three
+    assert "Walker2d-v2-2x3" in ours[0] and "[1]" in ours[0]
+    run = {name: np.concatenate([row[name] for row in rows]) for name in expected}
+    assert_same(run, expected, environments=[0, 2])
+
+
+@pytest.mark.parametrize("env_id", ["HalfCheetah-v2-2x3", "Hopper-v2-3x1", "Ant-v2-4x2", "Humanoid-v2-17x1"])
+def test_a_state_that_is_not_finite_ends_without_mujocos_warning(env_id, monkeypatch):
+    """What the last simulation step of an environment step leaves, MuJoCo would judge at the next one only."""
+    envs = MaMuJoCoVecEnv(env_id, 3)
+    last_good, step = envs.state.copy(), envs.batch.step
+
+    def step_then_break(**arguments):
+        step(**arguments)
+        envs.batch.qpos[2, -1] = np.nan
+
+    actions = random_actions(envs, 2)
+    monkeypatch.setattr(envs.batch, "step", step_then_break)
+    with pytest.warns(UserWarning, match=r"unstable simulation in environments \[2\]"):
+        run = rollout(envs, actions[:1])
+    assert run["terminated"][0].tolist() == [False, False, True]
+    assert run["reward"][0, 2] == 0 and np.array_equal(run["final_state"][0, 2], last_good[2])
+    monkeypatch.setattr(envs.batch, "step", step)
+    *_, infos = envs.step(actions[1])
+    assert infos["unstable"] == 1 and np.isfinite(infos["state"]).all() and not infos["_final_obs"].any()
+
+
+def test_an_error_of_mujoco_ends_the_episode():
+    """An integrator that does not exist makes MuJoCo raise in one environment, which keeps its old state."""
+    envs, calm = (MaMuJoCoVecEnv("Ant-v2-4x2", 3, seed=6) for _ in range(2))
+    actions = random_actions(envs, 12)
+    integrator = envs.batch.expand("opt.integrator")
+    valid = integrator[1].copy()
+    integrator[1] = 99
+    with pytest.raises(SimulationError):  # so that what follows shows what it says
+        envs.batch.step()
+    envs.reset(seed=6)
+    calm.reset(seed=6)
+    last_good, expected = envs.state.copy(), rollout(calm, actions)
+    with pytest.warns(UserWarning, match=r"\[1\]"):
+        broken = rollout(envs, actions[:1])
+    assert broken["terminated"][0].tolist() == [False, True, False] and broken["reward"][0, 1] == 0
+    assert np.array_equal(broken["final_state"][0, 1], last_good[1])
+    assert broken["l"][0, 1] == 1 and broken["r"][0, 1] == 0
+    integrator[1] = valid
+    rest = rollout(envs, actions[1:])
+    assert np.isfinite(rest["reward"]).all() and envs.get_state()["unstable"] == 1
+    run = {name: np.concatenate([broken[name], rest[name]]) for name in rest}
+    assert_same(run, expected, environments=[0, 2])
