@@ -331,6 +331,11 @@ def reset_actor(actor, ratio):
     return num_reset
 
 
+def member_to_reset(step, args):
+    """The ensemble's members take turns: 0 at the first reset, then 1, ..., K - 1, 0, ...."""
+    return (step // args.critic_reset_interval - 1) % args.num_critics
+
+
 @torch.no_grad()
 def reset_critic(critic, member):
     """Draw one member's thresholds afresh."""
@@ -711,7 +716,7 @@ def main():
                 num_reset = reset_actor(actor, args.actor_reset_ratio)
                 writer.add_scalar("resets/actor_weights", num_reset.item(), global_step)
             if reset_due(args.critic_reset_interval, previous_step, global_step, args.total_timesteps):
-                member = (global_step // args.critic_reset_interval - 1) % args.num_critics
+                member = member_to_reset(global_step, args)
                 reset_critic(learner.critic, member)
                 writer.add_scalar("resets/critic_member", member, global_step)
 

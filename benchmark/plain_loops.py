@@ -1,0 +1,129 @@
+"""Kaleidoscope-MATD3's update written plainly, with Python loops over masks, critics, pairs of masks and agents.
+
+It follows the equations one by one and any dtype: tests compare the fast update with it in float64, and
+benchmark/update.py times both. Nothing here is used for training.
+"""
+
+import copy
+from collections import deque
+
+import torch
+import torch.nn.functional as F
+
+
+class Step(torch.autograd.Function):
+    """1[x > 0], whose gradient is tanh of the gradient that arrives (straight-through)."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return (x > 0).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.tanh(grad)
+
+
+def forward(network, x, k):
+    """x (B, in) through mask k of a MaskedMLP: (B, out)."""
+    for index, layer in enumerate(network.layers):
+        if index > 0:
+            x = torch.relu(network.norms[index - 1](x))
+        threshold = torch.sigmoid(layer.thresholds[k])
+        weight = torch.sign(layer.weight) * torch.relu(torch.abs(layer.weight) - threshold)
+        x = F.linear(x, weight, layer.bias)
+    return x
+
+
+def diversity_loss(network, layer_weights, weighted=True):
+    """L_div from the tensor of all pairwise differences, (M, M, out, in)."""
+    num_masks = len(network.layers[0].thresholds)
+    num_weights = sum(layer.weight.numel() for layer in network.layers)
+    loss = 0.0
+    for layer_weight, layer in zip(layer_weights, network.layers, strict=True):
+        magnitude = layer.weight.detach().abs()
+        masks = torch.stack([Step.apply(magnitude - torch.sigmoid(threshold)) for threshold in layer.thresholds])
+        difference = masks[:, None] - masks[None, :]
+        if weighted:
+            difference = difference * magnitude
+        loss = loss - layer_weight * difference.abs().sum()
+    return loss / max(num_masks * (num_masks - 1) * num_weights, 1)
+
+
+def coefficient(beta, rl_losses, diversities):
+    rl, diversity = sum(rl_losses) / len(rl_losses), sum(diversities) / len(diversities)
+    return abs(beta * rl / diversity) if diversity != 0 else beta
+
+
+class PlainLearner:
+    """The same learner as the script's Learner, from copies of its networks as they are, updated by loops."""
+
+    def __init__(self, learner, dtype=torch.float64):
+        self.args, self.num_agents = learner.args, learner.num_agents
+        for name in ("actor", "critic", "target_actor", "target_critic"):
+            setattr(self, name, copy.deepcopy(getattr(learner, name)).to(dtype))
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=self.args.actor_lr)
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=self.args.critic_lr)
+        critic_length = self.args.history_length * self.args.policy_freq
+        actor_length = self.args.history_length * self.num_agents
+        self.critic_history = deque(maxlen=critic_length), deque(maxlen=critic_length)
+        self.actor_history = deque(maxlen=actor_length), deque(maxlen=actor_length)
+
+    def action(self, actor, obs, agent):
+        return torch.tanh(forward(actor, obs[:, agent], agent)) * actor.scale[agent] + actor.centre[agent]
+
+    def update_critic(self, batch, noise):
+        """One critic step with the given target noise (B, N, act), in half action ranges, already clipped."""
+        args, actor = self.args, self.target_actor
+        with torch.no_grad():
+            next_actions = []
+            for agent in range(self.num_agents):
+                action = self.action(actor, batch.next_obs, agent) + noise[:, agent] * actor.scale[agent]
+                next_actions.append(torch.max(torch.min(action, actor.high[agent]), actor.low[agent]))
+            next_input = torch.cat([batch.next_state, *next_actions], -1)
+            members = range(args.num_critics)
+            next_values = torch.stack([forward(self.target_critic, next_input, k)[:, 0] for k in members])
+            live = (~batch.terminated).to(next_values.dtype)
+            target = batch.reward + batch.discount * live * next_values.min(0).values
+        critic_input = torch.cat([batch.state, *batch.actions.unbind(1)], -1)
+        loss = 0.0
+        for k in range(args.num_critics):
+            loss = loss + F.mse_loss(forward(self.critic, critic_input, k)[:, 0], target)
+        diversity = diversity_loss(self.critic, args.layer_weights, args.weighted_diversity)
+        self.critic_history[0].append(loss.item())
+        self.critic_history[1].append(diversity.item())
+        total = loss + coefficient(args.critic_diversity_coef, *self.critic_history) * diversity
+        self.critic_optimizer.zero_grad()
+        total.backward()
+        self.critic_optimizer.step()
+
+    def update_actor(self, batch):
+        args = self.args
+        self.critic.requires_grad_(False)
+        for agent in range(self.num_agents):
+            actions = list(batch.actions.unbind(1))
+            actions[agent] = self.action(self.actor, batch.obs, agent)
+            critic_input = torch.cat([batch.state, *actions], -1)
+            loss = 0.0
+            for k in range(args.num_critics):
+                loss = loss - forward(self.critic, critic_input, k).mean() / args.num_critics
+            diversity = diversity_loss(self.actor, args.layer_weights, args.weighted_diversity)
+            self.actor_history[0].append(loss.item())
+            self.actor_history[1].append(diversity.item())
+            total = loss + coefficient(args.actor_diversity_coef, *self.actor_history) * diversity
+            self.actor_optimizer.zero_grad()
+            total.backward()
+            self.actor_optimizer.step()
+        self.critic.requires_grad_(True)
+
+    @torch.no_grad()
+    def update_targets(self):
+        pairs = [(self.critic, self.target_critic)] + [(self.actor, self.target_actor)] * self.num_agents
+        for network, target in pairs:  # the shared target actor once per agent
+            for parameter, slow in zip(network.parameters(), target.parameters(), strict=True):
+                slow.copy_((1 - self.args.polyak) * slow + self.args.polyak * parameter)
+
+    def update(self, batch, noise, with_policy):
+        self.update_critic(batch, noise)
+        if with_policy:
+            self.update_actor(batch)
+            self.update_targets()

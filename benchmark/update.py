@@ -1,0 +1,126 @@
+"""Time of one whole update of Kaleidoscope-MATD3, ours against plain Python loops, side by side in one run.
+
+    python benchmark/update.py --threads 2
+
+An update draws a batch from the replay buffer, updates the critic and, every policy_freq updates, all agents in
+turn and the targets. Both learners start from the same weights and take turns, round by round; a round is
+policy_freq updates. Prints the median time of an update, and the floor: the floating-point operations of the matrix
+products that the method asks for, over the rate that this machine reaches on one large product.
+"""
+
+import dataclasses
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmark.plain_loops import PlainLearner  # noqa: E402
+from kalei_matd3_mamujoco import TUNED, UNTUNED, Args, Learner, Replay  # noqa: E402
+from mamujoco_env import MaMuJoCoVecEnv  # noqa: E402
+
+
+@dataclasses.dataclass
+class Options:
+    env_id: str = "Ant-v2-4x2"
+    """task whose sizes are used"""
+    threads: int = 2
+    """threads for the matrix products"""
+    rounds: int = 40
+    """timed rounds of policy_freq updates each"""
+    warmup_rounds: int = 5
+    """rounds before these, not timed"""
+    profile: bool = False
+    """print where our update's time goes, by operator"""
+
+
+def product_flops(learner, batch_size):
+    """Operations of the matrix products in one update, averaged over policy_freq updates: (2 a multiply-add).
+
+    Counted are a forward pass per network and mask, the backward passes towards weights and hidden layers, and in an
+    agent's step the backward pass through the critic towards the action; not counted is what need not be computed:
+    gradients towards states, and in an agent's step the parts of the critic's first layer that do not change.
+    """
+    args, agents, critics = learner.args, learner.num_agents, learner.args.num_critics
+
+    def sizes(network):
+        return [layer.weight.numel() * 2 * batch_size for layer in network.layers]
+
+    actor, critic = sizes(learner.actor), sizes(learner.critic)
+    action_columns = 2 * batch_size * args.hidden_size * learner.act_size
+    target = agents * sum(actor) + critics * sum(critic)
+    critic_step = critics * (2 * sum(critic) + sum(critic[1:]))
+    agent_step = 2 * sum(actor) + sum(actor[1:]) + critics * 2 * (sum(critic[1:]) + action_columns)
+    first_layer = critics * critic[0]
+    return target + critic_step + (agents * agent_step + first_layer) / args.policy_freq
+
+
+def product_rate():
+    """Floating-point operations a second of one product of (1000, 256) with (256, 1280)."""
+    a, b = torch.randn(1000, 256), torch.randn(256, 1280)
+    times = []
+    for _ in range(50):
+        start = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - start)
+    return 2 * a.numel() * b.shape[1] / statistics.median(times)
+
+
+def main():
+    options = tyro.cli(Options)
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(1)
+    n_step, policy_freq = TUNED.get(options.env_id, UNTUNED)
+    args = Args(env_id=options.env_id, n_step=n_step, policy_freq=policy_freq)
+    envs = MaMuJoCoVecEnv(args.env_id, args.num_envs)
+    space, device = envs.single_action_space, torch.device("cpu")
+    ours = Learner(envs.state_size, space.low, space.high, args, device)
+    replay = Replay(1000, args.num_envs, envs.state_size, space.shape, n_step, args.gamma, device)
+    state = envs.reset()[1]["state"]
+    for _ in range(1000):  # 10,000 transitions of real physics
+        actions = envs.action_space.sample()
+        _, reward, terminated, truncated, infos = envs.step(actions)
+        replay.add(state, actions, reward, infos["final_state"], terminated, truncated)
+        state = infos["state"]
+    plain = PlainLearner(ours, dtype=torch.float32)
+
+    def our_update(with_policy):
+        ours.update(replay.sample(args.batch_size), with_policy)
+
+    def plain_update(with_policy):
+        batch = replay.sample(args.batch_size)
+        noise = torch.randn_like(batch.actions).mul_(args.target_noise)
+        plain.update(batch, noise.clamp_(-args.target_noise_clip, args.target_noise_clip), with_policy)
+
+    times = {our_update: [], plain_update: []}
+    for round_number in range(options.warmup_rounds + options.rounds):
+        for update, taken in times.items():
+            start = time.perf_counter()
+            for i in range(1, policy_freq + 1):
+                update(with_policy=i == policy_freq)
+            if round_number >= options.warmup_rounds:
+                taken.append((time.perf_counter() - start) / policy_freq * 1000)
+
+    ratio = statistics.median(o / p for o, p in zip(*times.values(), strict=True))
+    flops, rate = product_flops(ours, args.batch_size), product_rate()
+    print(f"{args.env_id}: B {args.batch_size}, N {ours.num_agents}, K {args.num_critics}, policy_freq {policy_freq}")
+    print(f"{platform.processor() or platform.machine()}, {options.threads} threads, torch {torch.__version__}")
+    print(f"{'':14}{'median':>10}{'min':>10}{'max':>10}   ms per update")
+    for name, taken in zip(("ours", "plain loops"), times.values(), strict=True):
+        print(f"{name:14}{statistics.median(taken):10.1f}{min(taken):10.1f}{max(taken):10.1f}")
+    print(f"ours / plain loops, median over rounds: {ratio:.2f}")
+    print(f"floor: {flops / 1e9:.2f} GFLOP of products at {rate / 1e9:.0f} GFLOP/s = {flops / rate * 1000:.1f} ms")
+    if options.profile:
+        with torch.profiler.profile() as profile:
+            for i in range(10 * policy_freq):
+                our_update(with_policy=(i + 1) % policy_freq == 0)
+        print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=50))
+
+
+if __name__ == "__main__":
+    main()
