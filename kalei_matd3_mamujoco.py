@@ -262,20 +262,21 @@ class PairwiseMaskDifference(torch.autograd.Function):
     @staticmethod
     def forward(ctx, thresholds, weight, weighted):
         """thresholds (..., M, out, in), weight (..., out, in) -> (...)."""
-        sigmoid = torch.sigmoid(thresholds)
-        magnitude = weight.abs()
-        masks = (magnitude.unsqueeze(-3) > sigmoid).to(weight.dtype)
+        sigmoid, magnitude = torch.sigmoid(thresholds), weight.abs()
+        masks = magnitude.unsqueeze(-3) > sigmoid
         importance = magnitude if weighted else torch.ones_like(magnitude)
-        ctx.save_for_backward(sigmoid, masks, importance)
-        count = masks.sum(-3)
-        return (2 * count * (masks.shape[-3] - count) * importance).sum((-2, -1))
+        keep = masks.sum(-3, dtype=weight.dtype)  # k of each weight
+        drop = masks.shape[-3] - keep
+        ctx.save_for_backward(sigmoid, masks, keep * importance, drop * importance)
+        return (2 * keep * drop * importance).sum((-2, -1))
 
     @staticmethod
     def backward(ctx, grad):
-        sigmoid, masks, importance = ctx.saved_tensors
-        pull = 2 * (masks.shape[-3] * masks - masks.sum(-3, keepdim=True)) * importance.unsqueeze(-3)
-        to_masks = torch.tanh(grad[..., None, None, None] * pull)
-        return -to_masks * sigmoid * (1 - sigmoid), None, None
+        sigmoid, masks, keep, drop = ctx.saved_tensors
+        grad = 2 * grad[..., None, None]
+        kept, dropped = torch.tanh(grad * drop), torch.tanh(-grad * keep)  # towards masks that keep or drop a weight
+        slope = (sigmoid - 1).mul_(sigmoid)  # of -sigmoid(s)
+        return slope.mul_(torch.where(masks, kept.unsqueeze(-3), dropped.unsqueeze(-3))), None, None
 
 
 def diversity_loss(network, layer_weights, weighted=True):
@@ -484,13 +485,14 @@ class Learner:
             critic_weights = self.critic.effective_weights()
             joint_actions = batch.actions.flatten(-2)
             first = torch.cat([batch.state, joint_actions], -1) @ critic_weights[0].mT + self.critic.layers[0].bias
-            action_columns = critic_weights[0][..., batch.state.shape[-1] :]  # (K, hidden, N act)
+            action_columns = critic_weights[0][..., batch.state.shape[-1] :].mT.contiguous()  # (K, N act, hidden)
         logs = []
         for agent in range(self.num_agents):
             own = slice(agent * act, (agent + 1) * act)
             actions = self.actor.act_alone(batch.obs[..., agent, :], agent)
-            change = (actions - joint_actions[..., own]) @ action_columns[..., own].mT
-            loss = -self.critic.after_first(first + change, critic_weights).mean((-3, -2, -1))
+            change = (actions - joint_actions[..., own]).expand(args.num_critics, -1, -1)
+            hidden = torch.baddbmm(first, change, action_columns[:, own])  # (K, B, hidden)
+            loss = -self.critic.after_first(hidden, critic_weights).mean()
             diversity = diversity_loss(self.actor, args.layer_weights, args.weighted_diversity)
             coefficient = self.actor_coefficient(loss, diversity)
             total = loss + coefficient * diversity

@@ -1,0 +1,304 @@
+"""The script as a user runs it: training to a saved model and TensorBoard files, evaluation, and mistakes."""
+
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import kalei_matd3_mamujoco as script
+
+SCRIPT = Path(script.__file__)
+# crosses the warm-up, policy updates, both resets and two evaluations
+TINY = [
+    "--device",
+    "cpu",
+    "--total-timesteps",
+    "640",
+    "--warmup-steps",
+    "200",
+    "--batch-size",
+    "32",
+    "--num-envs",
+    "4",
+    "--train-interval",
+    "10",
+    "--updates-per-round",
+    "4",
+    "--hidden-size",
+    "32",
+    "--eval-interval",
+    "300",
+    "--eval-episodes",
+    "3",
+    "--episode-limit",
+    "30",
+    "--log-interval",
+    "100",
+    "--actor-reset-interval",
+    "150",
+    "--critic-reset-interval",
+    "100",
+    "--actor-threshold-bias",
+    "0",
+    "--save-model",
+]
+
+
+def run(*arguments, cwd):
+    """The script in a process of its own, on one thread, as (exit code, stdout, stderr)."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TERM": "dumb", "COLUMNS": "100"}
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stdout, done.stderr
+
+
+def scalars(run_folder):
+    """{tag: [(step, value), ...]} of a run's event files."""
+    events = EventAccumulator(str(run_folder), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+@pytest.fixture(scope="module", params=["Ant-v2-4x2", "Walker2d-v2-6x1", "Humanoid-v2-17x1", "manyagent_swimmer-10x2"])
+def trained(request, tmp_path_factory):
+    """(env id, run folder, what it printed) of a tiny run."""
+    folder = tmp_path_factory.mktemp("run")
+    code, out, err = run("--env-id", request.param, *TINY, cwd=folder)
+    assert code == 0, err
+    (run_folder,) = (folder / "runs").iterdir()
+    return request.param, run_folder, out + err
+
+
+def test_a_run_logs_all_that_the_readme_names(trained):
+    env_id, folder, printed = trained
+    assert re.fullmatch(re.escape(env_id) + r"__kalei_matd3_mamujoco__1__\d+", folder.name)
+    tags = scalars(folder)
+    readme = (SCRIPT.parent / "README.md").read_text()
+    documented = set(re.findall(r"`((?:charts|losses|coefficients|values|masks|resets)/\w+)`", readme))
+    assert documented == set(tags)
+    assert all(math.isfinite(value) for series in tags.values() for _, value in series)
+    assert [step for step, _ in tags["charts/eval_return"]] == [320, 600, 640]
+    assert tags["charts/updates"][-1][1] == 4 * (640 - 200) / 40
+    # intervals of 150 and 100, as long as more than one of them is left before 640
+    assert [step for step, _ in tags["resets/actor_weights"]] == [320, 480]
+    assert all(value > 0 for _, value in tags["resets/actor_weights"])
+    assert tags["resets/critic_member"] == [(320, 2), (400, 3), (520, 0)]
+    n_step, policy_freq = script.TUNED.get(env_id, script.UNTUNED)
+    assert f"n_step {n_step}, policy_freq {policy_freq}" in printed
+    assert "640/640" in printed and "SPS=" in printed and "eval=" in printed
+
+
+def test_hyperparameters_are_logged_as_resolved(trained):
+    env_id, folder, _ = trained
+    events = EventAccumulator(str(folder)).Reload()
+    table = events.Tensors("hyperparameters/text_summary")[0].tensor_proto.string_val[0].decode()
+    n_step, policy_freq = script.TUNED.get(env_id, script.UNTUNED)
+    for row in (f"|env_id|{env_id}|", f"|n_step|{n_step}|", f"|policy_freq|{policy_freq}|", "|batch_size|32|"):
+        assert row in table
+    assert len(re.findall(r"^\|\w+\|.*\|$", table, re.M)) == 1 + len(script.Args.__dataclass_fields__)
+
+
+def test_a_saved_model_evaluates_in_a_fresh_process(trained, tmp_path):
+    env_id, folder, _ = trained
+    code, out, err = run("--evaluate", folder / "model.pt", "--eval-episodes", 3, "--device", "cpu", cwd=tmp_path)
+    assert code == 0, err
+    mean, std = scalars(folder)["charts/eval_return"][-1][1], scalars(folder)["charts/eval_return_std"][-1][1]
+    assert re.fullmatch(rf"{env_id}: return {mean:.1f} \+- {std:.1f} \(std\), length \d+, 3 episodes\n", out), out
+    assert not list(tmp_path.iterdir()), "evaluating left files behind"
+
+
+def test_the_same_seed_gives_the_same_weights_bit_for_bit(tmp_path):
+    models, logs = [], []
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        cwd = tmp_path / name
+        cwd.mkdir()
+        code, _, err = run("--env-id", "HalfCheetah-v2-2x3", *TINY, "--seed", seed, cwd=cwd)
+        assert code == 0, err
+        (folder,) = (cwd / "runs").iterdir()
+        models.append(torch.load(folder / "model.pt", weights_only=True))
+        logs.append({tag: series for tag, series in scalars(folder).items() if tag != "charts/SPS"})
+    for network in ("actor", "critic"):
+        for key, value in models[0][network].items():
+            assert torch.equal(value, models[1][network][key]), key
+        differs = [not torch.equal(value, models[2][network][key]) for key, value in models[0][network].items()]
+        assert any(differs)
+    assert logs[0] == logs[1] != logs[2]
+
+
+class EpisodesOfChosenLength:
+    """Stands in for an environment whose episode i has length i + 1 and gives 1 a step, again and again."""
+
+    def __init__(self, num_envs):
+        self.num_envs, self.length = num_envs, np.zeros(num_envs)
+
+    def reset(self, seed):
+        self.seed, self.length[:] = seed, 0
+        return np.zeros((self.num_envs, 3, 10), np.float32), {}
+
+    def step(self, actions):
+        assert actions.shape == (self.num_envs, 3, 2) and np.isfinite(actions).all()
+        self.length += 1
+        ended = self.length > np.arange(self.num_envs)
+        infos = (
+            {"episode": {"r": self.length.copy(), "l": self.length.copy()}, "_episode": ended} if ended.any() else {}
+        )
+        self.length[ended] = 0
+        return np.zeros((self.num_envs, 3, 10), np.float32), None, None, None, infos
+
+
+def test_evaluation_counts_one_episode_of_every_environment(make_learner):
+    envs = EpisodesOfChosenLength(6)
+    returns, lengths = script.evaluate(make_learner().actor, envs, seed=7)
+    assert returns.tolist() == lengths.tolist() == [1, 2, 3, 4, 5, 6], "short episodes must not count twice"
+    assert envs.seed == 7
+
+
+MISTAKES = {
+    "--nstep 5": "--nstep",
+    "--n-step many": "many",
+    "--n-step": "--n-step",
+    "junk": "junk",
+    "--device tpu": "tpu",
+    "--env-id Ant-v2-3x3": "3x3",
+    "--env-id Spot-v2-4x2": "Spot-v2-4x2",
+    "--env-id manyagent_swimmer-0x2": "0x2",
+    "--n-step 0": "--n-step is 0",
+    "--policy-freq 0": "--policy-freq is 0",
+    "--batch-size 10001": "10000 transitions",
+    "--batch-size 600 --buffer-size 500": "500 transitions",
+    "--buffer-size 5": "--buffer-size is 5",
+    "--total-timesteps 9999": "--total-timesteps is 9999",
+    "--total-timesteps 10000": "--total-timesteps is 10000",
+    "--actor-reset-ratio 1.5": "--actor-reset-ratio is 1.5",
+    "--actor-reset-ratio -0.1": "--actor-reset-ratio is -0.1",
+    "--gamma 1.01": "--gamma is 1.01",
+    "--polyak nan": "--polyak is nan",
+    "--actor-lr inf": "--actor-lr is inf",
+    "--critic-lr -1e-3": "--critic-lr is -0.001",
+    "--num-envs 0": "--num-envs is 0",
+    "--num-critics 0": "--num-critics is 0",
+    "--seed -1": "--seed is -1",
+    "--log-interval 0": "--log-interval is 0",
+    "--eval-episodes -1": "--eval-episodes is -1",
+    "--layer-weights 1 2": "--layer-weights",
+    "--layer-weights 1 2 nan": "--layer-weights is",
+    "--exp-name a/b": "--exp-name is a/b",
+    "--evaluate no/such/model.pt": "no/such/model.pt",
+}
+
+
+def one_line(err):
+    return len(err.splitlines()) == 1 and err.startswith("error: ")
+
+
+@pytest.mark.parametrize("arguments", MISTAKES)
+def test_mistakes_end_in_one_line_before_anything_is_made(arguments, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(script, "MaMuJoCoVecEnv", None)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments.split()])
+    with pytest.raises(SystemExit) as stop:
+        script.main()
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and one_line(err) and not out, err
+    assert MISTAKES[arguments] in err
+    assert not list(tmp_path.iterdir()), "a refused run left files behind"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_where_there_is_none(tmp_path):
+    code, _, err = run("--device", "cuda", cwd=tmp_path)
+    assert code == 2 and one_line(err) and "--device is cuda" in err
+
+
+def test_an_unknown_flag_in_a_process_of_its_own(tmp_path):
+    code, out, err = run("--total-timestep", 5, cwd=tmp_path)
+    assert code == 2 and one_line(err) and "--total-timesteps" in err and not out
+    assert not list(tmp_path.iterdir())
+
+
+def test_runs_is_a_file(tmp_path):
+    (tmp_path / "runs").write_text("mine")
+    code, _, err = run(*TINY, cwd=tmp_path)
+    assert code == 2 and one_line(err) and "runs" in err
+    assert (tmp_path / "runs").read_text() == "mine"
+
+
+def test_runs_is_not_writable(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(script, "MaMuJoCoVecEnv", None)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *TINY])
+
+    def refuse(path, **kwargs):  # root may write everywhere, so permissions alone would not do
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "makedirs", refuse)
+    with pytest.raises(SystemExit) as stop:
+        script.main()
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and one_line(err) and "Permission denied" in err
+
+
+def test_two_runs_in_one_second_have_two_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(script.time, "time", lambda: 1000.0)
+    args = script.Args(env_id="Humanoid-v2-9|8")
+    folders = [script.make_run_folder(args) for _ in range(3)]
+    assert [folder[-4:] for folder in folders] == ["1000", "1001", "1002"]
+    assert all(os.path.isdir(folder) and "|" not in folder for folder in folders)
+
+
+@pytest.mark.parametrize("content", [b"", b"no model", "truncated", "foreign"])
+def test_evaluating_what_is_not_a_model(content, tmp_path, capsys, monkeypatch, make_learner):
+    path = tmp_path / "model.pt"
+    if content == "foreign":
+        torch.save({"weights": torch.zeros(3)}, path)
+    elif content == "truncated":
+        script.save_model(str(path), make_learner(), 0)
+        path.write_bytes(path.read_bytes()[:-1000])
+    else:
+        path.write_bytes(content)
+    before = path.read_bytes()
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--evaluate", str(path), "--device", "cpu"])
+    with pytest.raises(SystemExit) as stop:
+        script.main()
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and one_line(err) and str(path) in err, err
+    assert path.read_bytes() == before
+
+
+def test_evaluating_on_another_task_is_refused(tmp_path, capsys, make_learner):
+    path = str(tmp_path / "model.pt")
+    script.save_model(path, make_learner(env_id="Hopper-v2-3x1"), 0)
+    with pytest.raises(SystemExit) as stop:
+        script.load_actor(path, "Walker2d-v2-2x3", torch.device("cpu"))
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and one_line(err) and "Hopper-v2-3x1" in err
+    actor, args = script.load_actor(path, script.Args.env_id, torch.device("cpu"))
+    assert args.env_id == "Hopper-v2-3x1" and len(actor.layers) == 3
+
+
+def test_flags_win_over_tuned_values():
+    assert script.parse_args(["--env-id", "Walker2d-v2-2x3"]).n_step == 20
+    assert script.parse_args(["--env-id", "Walker2d-v2-2x3"]).policy_freq == 8
+    args = script.parse_args(["--env-id", "Walker2d-v2-2x3", "--n-step", "3"])
+    assert (args.n_step, args.policy_freq) == (3, 8)
+    args = script.parse_args(["--env-id", "Reacher-v2-2x1"])
+    assert (args.n_step, args.policy_freq) == script.UNTUNED
+
+
+def test_help_explains_every_flag(capsys):
+    with pytest.raises(SystemExit) as stop:
+        script.parse_args(["--help"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0
+    for name in script.Args.__dataclass_fields__:
+        assert "--" + name.replace("_", "-") in out
+    source = SCRIPT.read_text()
+    fields = source[source.index("class Args") : source.index("# (n_step, policy_freq)")]
+    assert len(re.findall(r'^    """.+"""$', fields, re.M)) == 1 + len(script.Args.__dataclass_fields__)
