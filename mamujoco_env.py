@@ -20,7 +20,9 @@ What step returns, besides reward, terminated and truncated (E,):
   infos["episode"]       {"r": returns (E,), "l": lengths (E,)}, valid where infos["_episode"] (E,) is true;
                          the keys are there only when an episode has ended
   infos["unstable"]      how many episodes have ended in an unstable simulation so far
-Returned arrays belong to the caller: the environment does not write to them again.
+The environment does not write to returned arrays again, but some of them are one array (where nothing was reset,
+obs is final_obs): copy before changing one in place. A program that forks (torch's DataLoader, Gymnasium's
+AsyncVectorEnv) must do it by "spawn" or "forkserver", since the threads of the pool do not survive a fork.
 
 An episode ends as terminated where the task says so, and where MuJoCo reports an unstable simulation (reward 0,
 final state: the last good one). It is truncated after `episode_limit` steps. Environment i draws its resets
@@ -47,7 +49,7 @@ def standardise(x):
     size = x.shape[-1]  # sum / size, since NumPy's mean takes three times as long on a few numbers
     centred = x - x.sum(axis=-1, keepdims=True) / size
     variance = (centred * centred).sum(axis=-1, keepdims=True) / size
-    return centred / (variance + 1e-30) ** 0.5  # a constant vector becomes zeros
+    return centred / (variance + 1e-30) ** 0.5  # 1e-30: finite for a constant vector too
 
 
 def agent_observations(state, num_agents, dtype=None):
@@ -317,7 +319,7 @@ class Humanoid(Task):
         self.mass_share = self.model.body_mass / self.model.body_mass.sum()
 
     def position(self):
-        return self.x @ self.mass_share
+        return np.vecdot(self.x, self.mass_share)  # row by row: the rounding of a product depends on num_envs
 
     def unhealthy(self):
         height = self.qpos[:, 2]
@@ -448,6 +450,7 @@ def parse_env_id(env_id):
 
 # ---- The vector environment ----
 _BAD = mujoco.mjtWarning
+HUGE = 1e10  # mjMAXVAL, from which on MuJoCo takes a simulation for unstable
 UNSTABLE_WARNINGS = [int(w) for w in (_BAD.mjWARN_BADQPOS, _BAD.mjWARN_BADQVEL, _BAD.mjWARN_BADQACC)]
 
 
@@ -476,11 +479,10 @@ class MaMuJoCoVecEnv(VectorEnv):
     def __init__(self, env_id, num_envs, seed=0, num_threads=0, episode_limit=1000):
         super().__init__()
         task, segments, agents = parse_env_id(env_id)
-        for name, value, least in (("num_envs", num_envs, 1), ("num_threads", num_threads, 0), ("seed", seed, 0)):
-            if value < least:
-                raise ValueError(f"{name} is {value}, expected at least {least}")
-        if episode_limit < 1:
-            raise ValueError(f"episode_limit is {episode_limit}, expected at least 1")
+        limits = (("num_envs", num_envs, 1), ("num_threads", num_threads, 0), ("episode_limit", episode_limit, 1))
+        for name, value, least in limits:
+            if not isinstance(value, int | np.integer) or value < least:
+                raise ValueError(f"{name} is {value!r}, expected an integer of at least {least}")
         self.env_id, self.num_envs, self.num_agents, self.episode_limit = env_id, num_envs, len(agents), episode_limit
         self.task = task(segments)
         model = self.task.model
@@ -505,6 +507,7 @@ class MaMuJoCoVecEnv(VectorEnv):
         self._seed(seed)
         self._returns, self._lengths, self._num_unstable = np.zeros(num_envs), np.zeros(num_envs, int), 0
         self.state = self._start(np.arange(num_envs))
+        self._seed(seed)  # so that the first reset() starts where reset(seed=seed) does
         self.state_size = self.state.shape[1]
         box = gymnasium.spaces.Box
         self.single_action_space = box(*bounds)
@@ -514,6 +517,8 @@ class MaMuJoCoVecEnv(VectorEnv):
         self.observation_space = box(-np.inf, np.inf, (num_envs, *obs_shape))
 
     def _seed(self, seed):
+        if not isinstance(seed, int | np.integer) or seed < 0:
+            raise ValueError(f"seed is {seed!r}, expected an integer of at least 0")
         self._rngs = [np.random.default_rng([seed, i]) for i in range(self.num_envs)]
 
     def _start(self, ids):
@@ -538,9 +543,8 @@ class MaMuJoCoVecEnv(VectorEnv):
         """Refuse actions of a wrong shape or not finite, before anything is stepped."""
         if actions.shape != self.action_space.shape:
             raise ValueError(f"actions have shape {actions.shape}, expected {self.action_space.shape}: (E, N, act)")
-        flat = actions.reshape(-1)
-        if not math.isfinite(flat.dot(flat)):
-            env, agent, k = np.argwhere(~np.isfinite(actions * actions))[0]
+        if np.count_nonzero(np.isfinite(actions)) < actions.size:
+            env, agent, k = np.argwhere(~np.isfinite(actions))[0]
             value = actions[env, agent, k]
             raise ValueError(f"action {k} of agent {agent} in environment {env} is {value}, expected a finite number")
 
@@ -562,7 +566,12 @@ class MaMuJoCoVecEnv(VectorEnv):
         state, after = task.state(), task.position()
         reward = task.reward(before, after, ctrl)
         terminated = task.unhealthy()
-        if failed or np.count_nonzero(self._unstable_warnings) or not math.isfinite(np.vdot(state, state)):
+        # MuJoCo looks for huge values before each simulation step, so after the last one we do, in one sum
+        if (
+            failed
+            or np.count_nonzero(self._unstable_warnings)
+            or not np.vdot(state, state) + np.vdot(reward, reward) < HUGE**2
+        ):
             self._end_unstable(state, reward, terminated)
         self._position = after
         self._returns += reward
@@ -584,9 +593,8 @@ class MaMuJoCoVecEnv(VectorEnv):
     def _end_unstable(self, state, reward, terminated):
         """End unstable episodes: reward 0, terminated, and in the place of the state the last good one."""
         bad = self._unstable_warnings.any(axis=1) | (self.batch.status != 0)
-        bad |= ~(np.isfinite(state).all(axis=1) & np.isfinite(reward))
+        bad |= ~((np.abs(state) < HUGE).all(axis=1) & (np.abs(reward) < HUGE))  # NaN is not less
         state[bad], reward[bad], terminated[bad] = self.state[bad], 0.0, True
-        self._unstable_warnings[:] = 0
         if not self._num_unstable and bad.any():
             which = np.flatnonzero(bad).tolist()
             warnings.warn(f"{self.env_id}: unstable simulation in environments {which}; episodes ended", stacklevel=3)
@@ -595,6 +603,7 @@ class MaMuJoCoVecEnv(VectorEnv):
     def get_state(self):
         """All that the next steps depend on, randomness included, as arrays and plain values of its own."""
         return {
+            "env_id": self.env_id,
             "physics": self.batch.state.copy(),
             "state": self.state.copy(),
             "position": self._position.copy(),
@@ -605,9 +614,10 @@ class MaMuJoCoVecEnv(VectorEnv):
         }
 
     def set_state(self, saved):
-        """Continue from what get_state returned, from an environment of the same id and num_envs."""
-        if saved["physics"].shape != self.batch.state.shape:
-            raise ValueError(f"the state has shape {saved['physics'].shape}, expected {self.batch.state.shape}")
+        """Continue from what get_state returned. ValueError if that was of another env id or num_envs."""
+        theirs, ours = (saved["env_id"], len(saved["physics"])), (self.env_id, self.num_envs)
+        if theirs != ours:
+            raise ValueError(f"the state is of {theirs[1]} x {theirs[0]}, expected {ours[1]} x {ours[0]}")
         self.batch.state[:] = saved["physics"]
         self.state, self._position = saved["state"].copy(), saved["position"].copy()
         self._returns[:], self._lengths[:] = saved["returns"], saved["lengths"]

@@ -14,10 +14,7 @@ from mujoco.batch import SimulationError
 
 from mamujoco_env import MaMuJoCoVecEnv, agent_observations, standardise
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*settotalmass.*"),  # Gymnasium's half-cheetah
-    pytest.mark.filterwarnings("ignore:.*out of date.*:DeprecationWarning"),  # its v4 tasks
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*v4 is out of date.*:DeprecationWarning")
 
 
 @pytest.fixture(autouse=True)
@@ -128,7 +125,19 @@ def assert_same(a, b, environments=slice(None)):
 
 
 # ---- Gymnasium's v4 tasks ----
-CONTACT_FORCES = 6 * 14  # of Ant and Humanoid: 14 bodies
+def state_of(task, observation):
+    """Our state from v4's observation: with contact forces, six for each of 14 bodies, and these at zero."""
+    if task == "Ant":  # v4 leaves them out
+        return np.concatenate([observation, np.zeros(84)])
+    if task.startswith("Humanoid"):  # v4 computes them
+        observation[-84:] = 0
+    return observation
+
+
+def oracle_with(task, rng):
+    oracle = gymnasium.make(f"{task}-v4").unwrapped
+    oracle.np_random = rng  # reset() without a seed leaves it in place
+    return oracle
 
 
 @pytest.mark.parametrize(
@@ -147,20 +156,10 @@ CONTACT_FORCES = 6 * 14  # of Ant and Humanoid: 14 bodies
 def test_agrees_with_gymnasium(env_id, episode_limit, terminations):
     task, seed, num_envs, steps = env_id.split("-")[0], 7, 3, 1000
     envs = MaMuJoCoVecEnv(env_id, num_envs, seed=0, episode_limit=episode_limit)
-    oracles = [gymnasium.make(f"{task}-v4").unwrapped for _ in range(num_envs)]
-    for i, oracle in enumerate(oracles):
-        oracle.np_random = np.random.default_rng([seed, i])  # reset() without a seed leaves it in place
-
-    def state_of(observation):
-        if task == "Ant":  # v4 leaves the contact forces out
-            return np.concatenate([observation, np.zeros(CONTACT_FORCES)])
-        if task.startswith("Humanoid"):  # v4 computes them
-            observation[-CONTACT_FORCES:] = 0
-        return observation
-
+    oracles = [oracle_with(task, np.random.default_rng([seed, i])) for i in range(num_envs)]
     _, infos = envs.reset(seed=seed)
     for i, oracle in enumerate(oracles):
-        assert np.array_equal(infos["state"][i], state_of(oracle.reset()[0]))
+        assert np.array_equal(infos["state"][i], state_of(task, oracle.reset()[0]))
     places = [(a, k, joint) for a, joints in enumerate(joints_of(env_id)) for k, joint in enumerate(joints)]
     ended, lengths = [], np.zeros(num_envs, int)
     for actions in random_actions(envs, steps, seed=1):
@@ -172,19 +171,48 @@ def test_agrees_with_gymnasium(env_id, episode_limit, terminations):
                 joint_action[actuator_of(oracle.model, joint)] = actions[i, agent, k]
             observation, expected, oracle_terminated, _, info = oracle.step(joint_action)
             expected -= info.get("reward_impact", 0.0)  # HumanoidStandup's contact cost
-            assert np.array_equal(infos["final_state"][i], state_of(observation))
+            assert np.array_equal(infos["final_state"][i], state_of(task, observation))
             assert abs(reward[i] - expected) < 1e-9
             assert terminated[i] == oracle_terminated
             assert truncated[i] == (lengths[i] == episode_limit)
             state = infos["final_state"][i]
             if oracle_terminated or truncated[i]:
                 ended.append(oracle_terminated)
-                state, lengths[i] = state_of(oracle.reset()[0]), 0
+                state, lengths[i] = state_of(task, oracle.reset()[0]), 0
             assert np.array_equal(infos["state"][i], state)
-    assert len(ended) >= 3
-    assert sum(ended) >= terminations
-    for oracle in oracles:
-        oracle.close()
+    assert len(ended) >= 3 and sum(ended) >= terminations
+
+
+@pytest.mark.parametrize(
+    ("env_id", "field", "index", "value", "expected"),
+    [  # what random actions hardly reach
+        ("Ant-v2-4x2", "qvel", 2, -20.0, True),
+        ("Ant-v2-4x2", "qpos", 2, 0.3, False),
+        ("Hopper-v2-3x1", "qpos", 1, 3.0, False),
+        ("Hopper-v2-3x1", "qvel", 0, 99.0, False),  # shows as 10 in the state
+        ("Hopper-v2-3x1", "qvel", 0, -101.0, True),
+        ("Walker2d-v2-2x3", "qpos", 1, 1.95, False),
+        ("Walker2d-v2-2x3", "qpos", 1, 2.05, True),
+        ("Walker2d-v2-2x3", "qvel", 0, -200.0, False),
+        ("Humanoid-v2-9|8", "qpos", 2, 1.95, False),
+        ("Humanoid-v2-9|8", "qpos", 2, 2.05, True),
+        ("HumanoidStandup-v2-9|8", "qpos", 2, 3.0, False),
+    ],
+)
+def test_agrees_with_gymnasium_on_extreme_states(env_id, field, index, value, expected):
+    task, envs = env_id.split("-")[0], MaMuJoCoVecEnv(env_id, 1)
+    oracle = oracle_with(task, np.random.default_rng([3, 0]))
+    oracle.reset()
+    envs.reset(seed=3)
+    getattr(envs.batch, field)[0, index] = value
+    envs.batch.forward()
+    getattr(oracle.data, field)[index] = value
+    mujoco.mj_forward(oracle.model, oracle.data)
+    _, reward, terminated, _, infos = envs.step(np.zeros(envs.action_space.shape))
+    observation, oracle_reward, oracle_terminated, _, info = oracle.step(np.zeros(oracle.model.nu))
+    assert terminated[0] == oracle_terminated == expected
+    assert reward[0] == pytest.approx(oracle_reward - info.get("reward_impact", 0.0), abs=1e-9)
+    assert np.array_equal(infos["final_state"][0], state_of(task, observation))
 
 
 # ---- Who controls which joints ----
@@ -360,8 +388,11 @@ def test_manyagent_ant_is_as_specified(size):
     assert len(capsules) == expected_capsules == model.ngeom - 1
     assert model.body_mass.sum() == pytest.approx(mass)
 
+    collide = (model.geom_contype[:, None] & model.geom_conaffinity) != 0
+    collide |= collide.T
+    assert collide[0, 1:].all() and not collide[1:, 1:].any()  # geom 0 is the floor
     pairs = contact_bodies(envs, 40)
-    assert pairs and all(0 in pair for pair in pairs)  # only the floor, of the world's body, is touched
+    assert pairs and all(0 in pair for pair in pairs)  # body 0 is the world
     envs.reset()
     assert_integration(envs, timestep=0.005, frame_skip=4)
 
@@ -599,6 +630,7 @@ def test_seeds_and_environments_differ():
     assert np.array_equal(first.reset(seed=2)[1]["state"], states[2])
     again = MaMuJoCoVecEnv("Ant-v2-4x2", 4, seed=1)
     assert np.array_equal(again.reset()[1]["state"], states[0])
+    assert np.array_equal(again.reset(seed=1)[1]["state"], states[0])
     assert not np.array_equal(again.reset(seed=3)[1]["state"], states[2])
 
 
@@ -622,11 +654,11 @@ def test_resumes_where_it_was_saved(env_id):
     assert all(map(np.array_equal, leaves(saved), leaves(as_saved)))  # neither stepping nor resuming changed it
 
 
-def test_a_state_of_another_shape_is_refused():
+def test_a_state_of_another_environment_is_refused():
     envs, more = MaMuJoCoVecEnv("Hopper-v2-3x1", 2), MaMuJoCoVecEnv("Hopper-v2-3x1", 3)
     before = envs.get_state()
     for other in (more, MaMuJoCoVecEnv("Walker2d-v2-2x3", 2)):
-        with pytest.raises(ValueError, match="shape"):
+        with pytest.raises(ValueError, match="expected 2 x Hopper-v2-3x1"):
             envs.set_state(other.get_state())
     assert all(map(np.array_equal, leaves(envs.get_state()), leaves(before)))
 
@@ -655,11 +687,24 @@ def test_unknown_ids_are_refused(env_id, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("num_envs", 0), ("num_envs", -1), ("seed", -1), ("episode_limit", 0), ("num_threads", -1)]
+    ("name", "value"),
+    [
+        *(("num_envs", 0), ("num_envs", -1), ("num_envs", 2.5), ("num_threads", -1)),
+        *(("seed", -1), ("seed", None), ("episode_limit", 0), ("episode_limit", math.nan)),
+    ],
 )
 def test_impossible_numbers_are_refused(name, value):
-    with pytest.raises(ValueError, match=f"{name} is {value}"):
+    with pytest.raises(ValueError, match=f"{name} is {value}, expected an integer"):
         MaMuJoCoVecEnv("Hopper-v2-3x1", **{"num_envs": 1, name: value})
+
+
+def test_a_seed_for_each_environment_is_refused():
+    """Gymnasium's own vector environments take a list; here one seed serves all."""
+    envs = MaMuJoCoVecEnv("Hopper-v2-3x1", 2)
+    before = envs.get_state()
+    with pytest.raises(ValueError, match=r"seed is \[1, 2\]"):
+        envs.reset(seed=[1, 2])
+    assert all(map(np.array_equal, leaves(envs.get_state()), leaves(before)))
 
 
 def altered(actions, place, value):
@@ -684,12 +729,21 @@ def test_bad_actions_are_refused_and_nothing_is_stepped(dtype):
     assert all(map(np.array_equal, leaves(envs.get_state()), leaves(before)))
 
 
-@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
 def test_large_finite_actions_are_no_error():
-    """MuJoCo clamps them; their squares, which need not be finite, decide nothing."""
+    """MuJoCo clamps them; their squares, which need not be finite in their dtype, decide nothing."""
     envs = MaMuJoCoVecEnv("Swimmer-v2-2x1", 4)
-    for value, dtype in ((1.5e19, np.float32), (200.0, np.float16)):
-        envs.step(np.full(envs.action_space.shape, value, dtype))
+    for value, dtype in ((1e6, np.float32), (200.0, np.float16)):
+        _, reward, _, _, infos = envs.step(np.full(envs.action_space.shape, value, dtype))
+        assert reward == pytest.approx(-2e-4 * value**2, abs=10) and infos["unstable"] == 0
+
+
+def test_a_reward_too_large_for_a_buffer_ends_the_episode():
+    envs = MaMuJoCoVecEnv("Swimmer-v2-2x1", 3)
+    actions = np.zeros(envs.action_space.shape)
+    actions[1] = 1e30
+    with pytest.warns(UserWarning, match=r"\[1\]"):
+        _, reward, terminated, _, infos = envs.step(actions)
+    assert terminated.tolist() == [False, True, False] and reward[1] == 0 and infos["unstable"] == 1
 
 
 # ---- Instability ----
@@ -721,15 +775,16 @@ def test_an_unstable_environment_ends_alone():
     assert_same(run, expected, environments=[0, 2])
 
 
+@pytest.mark.parametrize("value", [np.nan, 1e11])
 @pytest.mark.parametrize("env_id", ["HalfCheetah-v2-2x3", "Hopper-v2-3x1", "Ant-v2-4x2", "Humanoid-v2-17x1"])
-def test_a_state_that_is_not_finite_ends_without_mujocos_warning(env_id, monkeypatch):
+def test_a_broken_state_ends_without_mujocos_warning(env_id, value, monkeypatch):
     """What the last simulation step of an environment step leaves, MuJoCo would judge at the next one only."""
     envs = MaMuJoCoVecEnv(env_id, 3)
     last_good, step = envs.state.copy(), envs.batch.step
 
     def step_then_break(**arguments):
         step(**arguments)
-        envs.batch.qpos[2, -1] = np.nan
+        envs.batch.qpos[2, -1] = value
 
     actions = random_actions(envs, 2)
     monkeypatch.setattr(envs.batch, "step", step_then_break)
@@ -740,6 +795,10 @@ def test_a_state_that_is_not_finite_ends_without_mujocos_warning(env_id, monkeyp
     monkeypatch.setattr(envs.batch, "step", step)
     *_, infos = envs.step(actions[1])
     assert infos["unstable"] == 1 and np.isfinite(infos["state"]).all() and not infos["_final_obs"].any()
+    resumed = MaMuJoCoVecEnv(env_id, 3)
+    resumed.set_state(envs.get_state())
+    *_, infos = resumed.step(actions[1])
+    assert infos["unstable"] == 1  # the count goes on, too
 
 
 def test_an_error_of_mujoco_ends_the_episode():
