@@ -363,12 +363,13 @@ class Replay:
 
     def __init__(self, rows, num_envs, state_size, action_shape, n_step, gamma, device):
         shape = (rows, num_envs)
-        self.state = torch.empty(*shape, state_size, device=device)
-        self.next_state = torch.empty(*shape, state_size, device=device)
-        self.actions = torch.empty(*shape, *action_shape, device=device)
-        self.reward = torch.empty(shape, device=device)
-        self.terminated = torch.empty(shape, dtype=torch.bool, device=device)
-        self.ended = torch.empty(shape, dtype=torch.bool, device=device)  # terminated or truncated
+        # zeros, since an n-step return looks ahead into rows that are not filled yet, and NaN times 0 is NaN
+        self.state = torch.zeros(*shape, state_size, device=device)
+        self.next_state = torch.zeros(*shape, state_size, device=device)
+        self.actions = torch.zeros(*shape, *action_shape, device=device)
+        self.reward = torch.zeros(shape, device=device)
+        self.terminated = torch.zeros(shape, dtype=torch.bool, device=device)
+        self.ended = torch.zeros(shape, dtype=torch.bool, device=device)  # terminated or truncated
         self.steps_ahead = torch.arange(n_step, device=device)
         self.gamma = gamma
         self.rows, self.num_envs, self.num_agents = rows, num_envs, action_shape[0]

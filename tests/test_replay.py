@@ -62,6 +62,23 @@ def test_samples_are_uniform_over_what_is_stored_and_nothing_else():
     assert (drawn - 1000).abs().max() < 5 * 1000**0.5
 
 
+def test_rows_that_are_not_filled_yet_reach_no_return(monkeypatch):
+    """The window of n steps looks ahead of the newest row, where memory may hold anything before it is written."""
+    empty = torch.empty
+
+    def dirty(*args, **kwargs):
+        memory = empty(*args, **kwargs)
+        memory.view(-1).view(torch.uint8).fill_(255)  # NaN as float, neither 0 nor 1 as bool
+        return memory
+
+    monkeypatch.setattr(torch, "empty", dirty)
+    replay, stored = fill(3)
+    monkeypatch.undo()
+    reward, _, last = replay.n_step_return(torch.tensor([1, 2]), torch.tensor([0, 0]))
+    np.testing.assert_allclose(reward, [plain_n_step(stored, t, 0)[0] for t in (1, 2)], rtol=1e-5)
+    assert last.max() <= 2
+
+
 def test_samples_hold_what_the_networks_see():
     replay, stored = fill(9)
     torch.manual_seed(0)
