@@ -147,10 +147,11 @@ UNTUNED = (10, 2)  # for the other env ids
 
 # ---- Masked networks ----
 class MaskedLinear(nn.Module):
-    """One weight W (out, in) and bias (out,), shared by M masks with thresholds s (M, out, in). Section 4.1.
+    """One weight W (out, in) and bias (out,), shared by M masks with thresholds s (M, out, in).
 
     Mask k keeps the weights with |W| > sigmoid(s_k) and shrinks what it keeps, W_k = sign(W) relu(|W| - sigmoid(s_k)),
-    so that gradients reach W and s_k (soft-threshold reparameterisation, Kusupati et al. 2020).
+    so that gradients reach W and s_k: the paper's adaptive partial parameter sharing, by the soft-threshold
+    reparameterisation of Kusupati et al. 2020.
     """
 
     def __init__(self, num_masks, inputs, outputs, threshold_scale, threshold_bias):
@@ -216,11 +217,12 @@ class MaskedMLP(nn.Module):
     @torch.no_grad()
     def mask_difference(self):
         """The share of weights that one mask keeps and another drops, averaged over pairs of masks."""
-        differing = [
-            2 * k * (n - k) for k, n in ((layer.masks().sum(0), len(layer.thresholds)) for layer in self.layers)
-        ]
-        masks, weights = len(self.layers[0].thresholds), sum(d.numel() for d in differing)
-        return sum(d.sum() for d in differing) / max(masks * (masks - 1) * weights, 1)
+        differing = pairs = 0
+        for layer in self.layers:
+            n, keep = len(layer.thresholds), layer.masks().sum(0)
+            differing += (2 * keep * (n - keep)).sum()
+            pairs += n * (n - 1) * keep.numel()
+        return differing / max(pairs, 1)
 
 
 class Actor(MaskedMLP):
@@ -252,7 +254,7 @@ class Critic(MaskedMLP):
 
 # ---- Mask diversity ----
 class PairwiseMaskDifference(torch.autograd.Function):
-    """sum_ij || (M_i - M_j) * |W| ||_1 over all ordered pairs of masks of a layer, in O(M) instead of O(M^2).
+    """sum_ij || (M_i - M_j) * |W| ||_1 over all ordered pairs of masks of a layer, in O(M) and not O(M^2).
 
     Where k of the M masks keep a weight, 2 k (M - k) ordered pairs differ. The gradient towards mask i is that of
     the plain form, 2 (M M_i - k) |W|, not autograd's of k (M - k). It passes through the step function
@@ -280,7 +282,7 @@ class PairwiseMaskDifference(torch.autograd.Function):
 
 
 def diversity_loss(network, layer_weights, weighted=True):
-    """L_div (equation 4, normalised as released): minus the weighted mean difference between masks. A scalar."""
+    """L_div, the paper's diversity regularisation, normalised as released: minus the weighted mean difference."""
     num_masks = network.layers[0].thresholds.shape[-3]
     num_weights = sum(layer.weight.shape[-2] * layer.weight.shape[-1] for layer in network.layers)
     loss = 0.0
@@ -309,7 +311,7 @@ class AdaptiveCoefficient:
         return torch.where(diversity_sum == 0, self.beta, (self.beta * ratio).abs())
 
 
-# ---- Resets (section 4.3) ----
+# ---- Resets ----
 def reached(interval, previous_step, step):
     """Whether the steps after previous_step, up to `step`, reached a multiple of `interval`; never if it is 0."""
     return interval > 0 and step // interval > previous_step // interval
@@ -374,10 +376,9 @@ class Replay:
         self.gamma = gamma
         self.rows, self.num_envs, self.num_agents = rows, num_envs, action_shape[0]
         self.next_row = 0
-        self.newest = torch.zeros(
-            (), dtype=torch.long, device=device
-        )  # row; a tensor, so that sampling can be captured
-        self.filled = torch.zeros((), dtype=torch.long, device=device)  # rows
+        # rows, as tensors on the device, so that sampling can be captured in a graph
+        self.newest = torch.zeros((), dtype=torch.long, device=device)
+        self.filled = torch.zeros((), dtype=torch.long, device=device)
 
     def add(self, state, actions, reward, next_state, terminated, truncated):
         """Store one step of all environments: arrays or tensors of E rows."""
@@ -605,6 +606,8 @@ def check_args(args):
     require(counts, lambda x: x >= 1, "at least 1")
     require("hidden_size num_critics history_length log_interval", lambda x: x >= 1, "at least 1")
     require("num_threads eval_interval eval_episodes", lambda x: x >= 0, "at least 0")
+    if args.evaluate is not None:
+        require("eval_episodes", lambda x: x >= 1, "at least 1 with --evaluate")
     require("actor_reset_interval critic_reset_interval", lambda x: x >= 0, "at least 0")
     require("gamma polyak actor_reset_ratio", lambda x: 0 <= x <= 1, "a number from 0 to 1")
     scales = "actor_threshold_scale critic_threshold_scale actor_diversity_coef critic_diversity_coef"
@@ -650,13 +653,11 @@ def main():
 
     if args.evaluate is not None:
         actor, trained = load_actor(args.evaluate, args.env_id, device)
-        num_episodes = max(args.eval_episodes, 1)
-        eval_envs = MaMuJoCoVecEnv(trained.env_id, num_episodes, eval_seed, args.num_threads, trained.episode_limit)
+        limit, threads = trained.episode_limit, args.num_threads
+        eval_envs = MaMuJoCoVecEnv(trained.env_id, args.eval_episodes, eval_seed, threads, limit)
         returns, lengths = evaluate(actor, eval_envs, eval_seed)
-        print(
-            f"{trained.env_id}: return {returns.mean():.1f} +- {returns.std():.1f} (std), "
-            f"length {lengths.mean():.0f}, {num_episodes} episodes"
-        )
+        result = f"return {returns.mean():.1f} +- {returns.std():.1f} (std), length {lengths.mean():.0f}"
+        print(f"{trained.env_id}: {result}, {len(returns)} episodes")
         return
 
     run_folder = make_run_folder(args)

@@ -37,6 +37,7 @@ import warnings
 import gymnasium
 import mujoco
 import numpy as np
+from gymnasium.spaces import Box
 from gymnasium.vector import AutoresetMode, VectorEnv
 from mujoco.batch import Batch, SimulationError
 
@@ -82,32 +83,28 @@ def compile_quietly(spec):
         return spec.compile()
 
 
-def _empty_spec(timestep):
-    """An empty world in degrees with RK4, a light and a floor that collides with what asks for it."""
+def _empty_spec():
+    """An empty world in degrees with RK4 and a time step of 5 ms, a light, and a floor that collides with all."""
     spec = mujoco.MjSpec()
     spec.compiler.degree = True
-    spec.option.integrator = mujoco.mjtIntegrator.mjINT_RK4
-    spec.option.timestep = timestep
+    spec.option.integrator, spec.option.timestep = mujoco.mjtIntegrator.mjINT_RK4, 0.005
     spec.worldbody.add_light(pos=[0, 0, 1.3], dir=[0, 0, -1.3], type=mujoco.mjtLightType.mjLIGHT_DIRECTIONAL)
-    plane = mujoco.mjtGeom.mjGEOM_PLANE
-    spec.worldbody.add_geom(name="floor", type=plane, size=[40, 40, 40], rgba=[0.8, 0.9, 0.8, 1])
+    spec.worldbody.add_geom(name="floor", type=mujoco.mjtGeom.mjGEOM_PLANE, size=[40, 40, 40])
     return spec
 
 
 def _capsule(body, end, radius, start=(0, 0, 0), **options):
-    fromto = [float(x) for x in (*start, *end)]
-    body.add_geom(type=mujoco.mjtGeom.mjGEOM_CAPSULE, fromto=fromto, size=[radius, 0, 0], **options)
+    body.add_geom(type=mujoco.mjtGeom.mjGEOM_CAPSULE, fromto=[*start, *end], size=[radius, 0, 0], **options)
 
 
 def _motor(spec, joint):
-    gear, control = [150.0, 0, 0, 0, 0, 0], [-1.0, 1.0]
-    motor = spec.add_actuator(name=joint, target=joint, trntype=mujoco.mjtTrn.mjTRN_JOINT, gear=gear)
-    motor.ctrlrange, motor.ctrllimited = control, mujoco.mjtLimited.mjLIMITED_TRUE
+    motor = spec.add_actuator(name=joint, target=joint, trntype=mujoco.mjtTrn.mjTRN_JOINT)
+    motor.gear[0], motor.ctrlrange, motor.ctrllimited = 150, [-1, 1], mujoco.mjtLimited.mjLIMITED_TRUE
 
 
 def build_swimmer(segments):
     """A swimmer of a head and `segments` bodies in a chain, one motor between each two."""
-    spec = _empty_spec(timestep=0.005)
+    spec = _empty_spec()
     spec.option.density, spec.option.viscosity = 4000, 0.1
     spec.geom("floor").pos = [0, 0, -0.1]
     spec.geom("floor").contype = spec.geom("floor").conaffinity = 0
@@ -127,7 +124,7 @@ def build_swimmer(segments):
 
 def build_ant(segments):
     """An ant with a spine of `segments` rigidly joined segments, each with two legs of hip and ankle."""
-    spec = _empty_spec(timestep=0.005)
+    spec = _empty_spec()
     skin = dict(conaffinity=0, friction=[1, 0.5, 0.5], margin=0.01)
     spec.geom("floor").friction, spec.geom("floor").margin = skin["friction"], skin["margin"]
     body = spec.worldbody.add_body(name="torso_0", pos=[0, 0, 0.75])
@@ -155,7 +152,7 @@ def build_ant(segments):
     return spec.compile()
 
 
-def build_coupled_half_cheetah():
+def build_coupled_half_cheetah(segments):
     """Two of Gymnasium's half-cheetahs side by side, their torsos tied by a spatial tendon."""
     path = os.path.join(ASSETS, "half_cheetah.xml")
     spec, second = mujoco.MjSpec.from_file(path), mujoco.MjSpec.from_file(path)
@@ -211,8 +208,8 @@ class Task:
         """(E, S) float64, a new array."""
         state = np.concatenate(self.state_parts, axis=1)
         if self.velocity_limit < math.inf:
-            velocity = state[:, -self.model.nv :]
-            np.minimum(np.maximum(velocity, -self.velocity_limit, out=velocity), self.velocity_limit, out=velocity)
+            velocity, limit = state[:, -self.model.nv :], self.velocity_limit
+            np.minimum(np.maximum(velocity, -limit, out=velocity), limit, out=velocity)
         return state
 
     def position(self):
@@ -224,9 +221,7 @@ class Task:
         reward = np.vecdot(ctrl, ctrl)
         reward *= -self.control_cost
         reward += (after - before) * (self.forward_weight / self.dt)
-        if self.alive:
-            reward += self.alive
-        return reward
+        return reward + self.alive if self.alive else reward
 
     def unhealthy(self):
         """(E,) bool, a new array: where the episode terminates."""
@@ -257,10 +252,7 @@ class Ant(Task):
 
 
 class ManyAgentAnt(Ant):
-    frame_skip = 4
-
-    def build(self, segments):
-        return build_ant(segments)
+    frame_skip, build = 4, staticmethod(build_ant)
 
 
 class HalfCheetah(Task):
@@ -268,10 +260,8 @@ class HalfCheetah(Task):
 
 
 class CoupledHalfCheetah(HalfCheetah):
+    build = staticmethod(build_coupled_half_cheetah)
     control_cost = 0.05  # the mean over both cheetahs of 0.1 |ctrl|^2
-
-    def build(self, segments):
-        return build_coupled_half_cheetah()
 
     def position(self):
         return (self.qpos[:, 0] + self.qpos[:, self.model.nq // 2]) / 2
@@ -283,8 +273,7 @@ class Swimmer(Task):
 
 
 class ManyAgentSwimmer(Swimmer):
-    def build(self, segments):
-        return build_swimmer(segments)
+    build = staticmethod(build_swimmer)
 
 
 class Hopper(Task):
@@ -332,11 +321,9 @@ class HumanoidStandup(Humanoid):
     model_file, alive = "humanoidstandup.xml", 1.0
 
     def reward(self, before, after, ctrl):
-        cost = np.vecdot(ctrl, ctrl) * self.control_cost
-        return self.qpos[:, 2] / self.model.opt.timestep - cost + self.alive
+        return self.qpos[:, 2] / self.model.opt.timestep - self.control_cost * np.vecdot(ctrl, ctrl) + self.alive
 
-    def unhealthy(self):
-        return np.zeros(len(self.qpos), bool)
+    unhealthy = Task.unhealthy  # it starts on the floor
 
 
 class Reacher(Task):
@@ -375,10 +362,8 @@ class Reacher(Task):
 _HUMANOID_UPPER = "left_shoulder1 left_shoulder2 abdomen_x abdomen_y abdomen_z "
 _HUMANOID_UPPER += "right_shoulder1 right_shoulder2 right_elbow left_elbow"
 _HUMANOID_LEGS = "left_hip_x left_hip_y left_hip_z right_hip_x right_hip_y right_hip_z right_knee left_knee"
-_HUMANOID = {
-    "9|8": f"{_HUMANOID_UPPER} | {_HUMANOID_LEGS}",
-    "17x1": f"{_HUMANOID_UPPER} {_HUMANOID_LEGS}".replace(" ", " | "),
-}
+_HUMANOID = {"9|8": f"{_HUMANOID_UPPER} | {_HUMANOID_LEGS}"}
+_HUMANOID["17x1"] = f"{_HUMANOID_UPPER} {_HUMANOID_LEGS}".replace(" ", " | ")
 _CHEETAH = "bthigh bshin bfoot fthigh fshin ffoot"
 PARTITIONS = {
     Ant: {
@@ -436,9 +421,8 @@ def parse_env_id(env_id):
     if task in JOINTS_PER_SEGMENT:
         match = re.fullmatch(r"([1-9]\d?)x([1-9]\d?)", partition)
         if not match:
-            raise ValueError(
-                f"unknown partition {partition!r} in {env_id!r}; {name} takes NxM: N agents of M segments, 1 to 99 each"
-            )
+            sizes = "NxM: N agents of M segments, 1 to 99 each"
+            raise ValueError(f"unknown partition {partition!r} in {env_id!r}; {name} takes {sizes}")
         agents, each = int(match[1]), int(match[2])
         owned = [range(agent * each, (agent + 1) * each) for agent in range(agents)]
         segment = JOINTS_PER_SEGMENT[task]
@@ -449,9 +433,7 @@ def parse_env_id(env_id):
 
 
 # ---- The vector environment ----
-_BAD = mujoco.mjtWarning
 HUGE = 1e10  # mjMAXVAL, from which on MuJoCo takes a simulation for unstable
-UNSTABLE_WARNINGS = [int(w) for w in (_BAD.mjWARN_BADQPOS, _BAD.mjWARN_BADQVEL, _BAD.mjWARN_BADQACC)]
 
 
 class MaMuJoCoVecEnv(VectorEnv):
@@ -463,7 +445,6 @@ class MaMuJoCoVecEnv(VectorEnv):
       seed: of the reset noise; a later reset(seed=...) replaces it
       num_threads: threads to step on, 0 for one per CPU
       episode_limit: steps after which an episode is truncated
-
     Raises ValueError for an unknown id or an impossible number, naming it.
 
     Attributes:
@@ -486,11 +467,11 @@ class MaMuJoCoVecEnv(VectorEnv):
         self.env_id, self.num_envs, self.num_agents, self.episode_limit = env_id, num_envs, len(agents), episode_limit
         self.task = task(segments)
         model = self.task.model
-        threads = num_threads or os.cpu_count()
-        self.batch = Batch(model, num_envs, min(threads, num_envs))
+        self.batch = Batch(model, num_envs, min(num_threads or os.cpu_count(), num_envs))
         self.task.bind(self.batch)
         self._ctrl = self.batch.bind("ctrl")
-        self._unstable_warnings = self.batch.warning[:, UNSTABLE_WARNINGS[0] : UNSTABLE_WARNINGS[-1] + 1, 1]
+        bad = slice(mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADQACC + 1)  # QVEL is between them
+        self._unstable_warnings = self.batch.warning[:, bad, 1]  # how often
 
         # actuator j takes number _gather[j] of the agents' actions laid end to end
         width = max(len(joints) for joints in agents)
@@ -509,12 +490,11 @@ class MaMuJoCoVecEnv(VectorEnv):
         self.state = self._start(np.arange(num_envs))
         self._seed(seed)  # so that the first reset() starts where reset(seed=seed) does
         self.state_size = self.state.shape[1]
-        box = gymnasium.spaces.Box
-        self.single_action_space = box(*bounds)
-        self.action_space = box(*np.repeat(bounds[:, None], num_envs, axis=1))
+        self.single_action_space = Box(*bounds)
+        self.action_space = Box(*np.repeat(bounds[:, None], num_envs, axis=1))
         obs_shape = (self.num_agents, self.state_size + self.num_agents)
-        self.single_observation_space = box(-np.inf, np.inf, obs_shape)
-        self.observation_space = box(-np.inf, np.inf, (num_envs, *obs_shape))
+        self.single_observation_space = Box(-np.inf, np.inf, obs_shape)
+        self.observation_space = Box(-np.inf, np.inf, (num_envs, *obs_shape))
 
     def _seed(self, seed):
         if not isinstance(seed, int | np.integer) or seed < 0:
@@ -527,8 +507,7 @@ class MaMuJoCoVecEnv(VectorEnv):
         for i in ids:
             self.task.qpos[i], self.task.qvel[i] = self.task.sample(self._rngs[i])
         self.batch.forward(ids)
-        self._returns[ids] = 0.0
-        self._lengths[ids] = 0
+        self._returns[ids] = self._lengths[ids] = 0
         self._position = self.task.position()
         return self.task.state()[ids]
 
@@ -555,8 +534,7 @@ class MaMuJoCoVecEnv(VectorEnv):
         """
         actions = np.asarray(actions)
         self._check(actions)
-        task, before = self.task, self._position
-        ctrl = self._ctrl
+        task, before, ctrl = self.task, self._position, self._ctrl
         ctrl[...] = actions.reshape(self.num_envs, -1).take(self._gather, axis=1)
         failed = False
         try:
@@ -567,11 +545,8 @@ class MaMuJoCoVecEnv(VectorEnv):
         reward = task.reward(before, after, ctrl)
         terminated = task.unhealthy()
         # MuJoCo looks for huge values before each simulation step, so after the last one we do, in one sum
-        if (
-            failed
-            or np.count_nonzero(self._unstable_warnings)
-            or not np.vdot(state, state) + np.vdot(reward, reward) < HUGE**2
-        ):
+        sound = np.vdot(state, state) + np.vdot(reward, reward) < HUGE**2
+        if failed or not sound or np.count_nonzero(self._unstable_warnings):
             self._end_unstable(state, reward, terminated)
         self._position = after
         self._returns += reward
@@ -581,8 +556,7 @@ class MaMuJoCoVecEnv(VectorEnv):
         done = terminated | truncated
         infos = {"final_obs": obs, "final_state": state, "_final_obs": done, "unstable": self._num_unstable}
         if np.count_nonzero(done):
-            infos["episode"] = {"r": self._returns.copy(), "l": self._lengths.copy()}
-            infos["_episode"] = done
+            infos |= {"episode": {"r": self._returns.copy(), "l": self._lengths.copy()}, "_episode": done}
             ids = np.flatnonzero(done)
             obs, state = obs.copy(), state.copy()
             state[ids] = self._start(ids)

@@ -190,6 +190,7 @@ MISTAKES = {
     "--layer-weights 1 2 nan": "--layer-weights is",
     "--exp-name a/b": "--exp-name is a/b",
     "--evaluate no/such/model.pt": "no/such/model.pt",
+    "--evaluate model.pt --eval-episodes 0": "--eval-episodes is 0",
 }
 
 
