@@ -208,8 +208,8 @@ class Task:
         """(E, S) float64, a new array."""
         state = np.concatenate(self.state_parts, axis=1)
         if self.velocity_limit < math.inf:
-            velocity, limit = state[:, -self.model.nv :], self.velocity_limit
-            np.minimum(np.maximum(velocity, -limit, out=velocity), limit, out=velocity)
+            velocity = state[:, -self.model.nv :]
+            velocity.clip(-self.velocity_limit, self.velocity_limit, out=velocity)
         return state
 
     def position(self):
@@ -281,10 +281,14 @@ class Hopper(Task):
     control_cost, alive = 1e-3, 1.0
     noise, velocity_noise = 5e-3, "uniform"
 
+    def bind(self, batch):
+        super().bind(batch)
+        # a row of the batch begins with time, qpos and qvel (mjtState): all but x and height
+        self.angles_and_velocities = batch.state[:, 3 : 1 + self.model.nq + self.model.nv]
+
     def unhealthy(self):
-        healthy = (self.qpos[:, 1] > 0.7) & (np.abs(self.qpos[:, 2]) < 0.2)
-        healthy &= (np.abs(self.qpos[:, 2:]) < 100).all(axis=1) & (np.abs(self.qvel) < 100).all(axis=1)
-        return ~healthy
+        small = (np.abs(self.angles_and_velocities) < 100).all(axis=1)
+        return ~(small & (self.qpos[:, 1] > 0.7) & (np.abs(self.qpos[:, 2]) < 0.2))
 
 
 class Walker2d(Hopper):
@@ -470,6 +474,7 @@ class MaMuJoCoVecEnv(VectorEnv):
         self.batch = Batch(model, num_envs, min(num_threads or os.cpu_count(), num_envs))
         self.task.bind(self.batch)
         self._ctrl = self.batch.bind("ctrl")
+        self._blank = self.batch.state[0].copy()  # a row of the batch as MuJoCo starts it
         bad = slice(mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADQACC + 1)  # QVEL is between them
         self._unstable_warnings = self.batch.warning[:, bad, 1]  # how often
 
@@ -503,7 +508,7 @@ class MaMuJoCoVecEnv(VectorEnv):
 
     def _start(self, ids):
         """Begin an episode in environments `ids`; return their states (len(ids), S)."""
-        self.batch.reset(ids, stage=mujoco.mjtStage.mjSTAGE_NONE)
+        self.batch.state[ids], self.batch.warning[ids] = self._blank, 0  # as mj_resetData
         for i in ids:
             self.task.qpos[i], self.task.qvel[i] = self.task.sample(self._rngs[i])
         self.batch.forward(ids)
@@ -552,15 +557,19 @@ class MaMuJoCoVecEnv(VectorEnv):
         self._returns += reward
         self._lengths += 1
         truncated = self._lengths >= self.episode_limit
-        obs = agent_observations(state, self.num_agents, np.float32)
         done = terminated | truncated
-        infos = {"final_obs": obs, "final_state": state, "_final_obs": done, "unstable": self._num_unstable}
+        infos = {"final_state": state, "_final_obs": done, "unstable": self._num_unstable}
         if np.count_nonzero(done):
             infos |= {"episode": {"r": self._returns.copy(), "l": self._lengths.copy()}, "_episode": done}
             ids = np.flatnonzero(done)
-            obs, state = obs.copy(), state.copy()
-            state[ids] = self._start(ids)
-            obs[ids] = agent_observations(state[ids], self.num_agents, np.float32)
+            started = self._start(ids)
+            # one call for final and first observations: on few numbers, calls cost more than what they compute
+            observations = agent_observations(np.concatenate([state, started]), self.num_agents, np.float32)
+            infos["final_obs"] = observations[: self.num_envs]
+            obs, state = infos["final_obs"].copy(), state.copy()
+            obs[ids], state[ids] = observations[self.num_envs :], started
+        else:
+            infos["final_obs"] = obs = agent_observations(state, self.num_agents, np.float32)
         infos["state"] = self.state = state
         return obs, reward, terminated, truncated, infos
 
