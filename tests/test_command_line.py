@@ -84,11 +84,11 @@ def test_a_run_logs_all_that_the_readme_names(trained):
     assert documented == set(tags)
     assert all(math.isfinite(value) for series in tags.values() for _, value in series)
     assert [step for step, _ in tags["charts/eval_return"]] == [320, 600, 640]
-    assert tags["charts/updates"][-1][1] == 4 * (640 - 200) / 40
-    # intervals of 150 and 100, as long as more than one of them is left before 640
+    assert tags["charts/updates"][-1] == (600, 4 * (600 - 200) / 40)
+    # intervals of 150 and 100 after the warm-up, as long as more than one of them is left before 640
     assert [step for step, _ in tags["resets/actor_weights"]] == [320, 480]
     assert all(value > 0 for _, value in tags["resets/actor_weights"])
-    assert tags["resets/critic_member"] == [(320, 2), (400, 3), (520, 0)]
+    assert tags["resets/critic_member"] == [(320, 2), (400, 3), (520, 4)]
     n_step, policy_freq = script.TUNED.get(env_id, script.UNTUNED)
     assert f"n_step {n_step}, policy_freq {policy_freq}" in printed
     assert "640/640" in printed and "SPS=" in printed and "eval=" in printed
