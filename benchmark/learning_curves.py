@@ -63,7 +63,7 @@ def main():
 
     steps = sorted(set().union(*curves.values()))
     table = [["step", *curves]]
-    table += [[str(step), *(f"{c[step]:.1f}" if step in c else "" for c in curves.values())] for step in steps]
+    table += [[str(step), *(f"{c[step]:.5g}" if step in c else "" for c in curves.values())] for step in steps]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with open(options.out.with_suffix(".csv"), "w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(table)

@@ -5,7 +5,8 @@
 An update draws a batch from the replay buffer, updates the critic and, every policy_freq updates, all agents in
 turn and the targets. Both learners start from the same weights and take turns, round by round; a round is
 policy_freq updates. Prints the median time of an update, and the floor: the floating-point operations of the matrix
-products that the method asks for, over the rate that this machine reaches on one large product.
+products that the method asks for, over the rate that this machine reaches on one large product; and that rate for
+products of several masks at once.
 """
 
 import dataclasses
@@ -60,15 +61,14 @@ def product_flops(learner, batch_size):
     return target + critic_step + (agents * agent_step + first_layer) / args.policy_freq
 
 
-def product_rate():
-    """Floating-point operations a second of one product of (1000, 256) with (256, 1280)."""
-    a, b = torch.randn(1000, 256), torch.randn(256, 1280)
+def product_rate(a, b):
+    """Floating-point operations a second of the product a @ b, where a is the larger."""
     times = []
     for _ in range(50):
         start = time.perf_counter()
         a @ b
         times.append(time.perf_counter() - start)
-    return 2 * a.numel() * b.shape[1] / statistics.median(times)
+    return 2 * a.numel() * b.shape[-1] / statistics.median(times)
 
 
 def main():
@@ -107,7 +107,7 @@ def main():
                 taken.append((time.perf_counter() - start) / policy_freq * 1000)
 
     ratio = statistics.median(o / p for o, p in zip(*times.values(), strict=True))
-    flops, rate = product_flops(ours, args.batch_size), product_rate()
+    flops, rate = product_flops(ours, args.batch_size), product_rate(torch.randn(1000, 256), torch.randn(256, 1280))
     print(f"{args.env_id}: B {args.batch_size}, N {ours.num_agents}, K {args.num_critics}, policy_freq {policy_freq}")
     print(f"{platform.processor() or platform.machine()}, {options.threads} threads, torch {torch.__version__}")
     print(f"{'':14}{'median':>10}{'min':>10}{'max':>10}   ms per update")
@@ -115,6 +115,8 @@ def main():
         print(f"{name:14}{statistics.median(taken):10.1f}{min(taken):10.1f}{max(taken):10.1f}")
     print(f"ours / plain loops, median over rounds: {ratio:.2f}")
     print(f"floor: {flops / 1e9:.2f} GFLOP of products at {rate / 1e9:.0f} GFLOP/s = {flops / rate * 1000:.1f} ms")
+    rates = [product_rate(torch.randn(k, 1000, 256), torch.randn(k, 256, 256)) / 1e9 for k in (5, 6)]
+    print(f"one product for 5 masks runs at {rates[0]:.0f} GFLOP/s, for 6 masks at {rates[1]:.0f}")
     if options.profile:
         with torch.profiler.profile() as profile:
             for i in range(10 * policy_freq):
