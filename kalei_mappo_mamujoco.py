@@ -1,0 +1,862 @@
+"""Kaleidoscope-MAPPO on multi-agent MuJoCo, in one file.
+
+    python kalei_mappo_mamujoco.py --env-id Ant-v2-4x2           # train
+    tensorboard --logdir runs                                    # watch
+    python kalei_mappo_mamujoco.py --evaluate runs/RUN/model.pt  # evaluate what --save-model wrote
+
+All agents share one actor network. What makes them differ is a learnable mask over the shared weights for each of
+them, and a loss that drives the masks apart. The masks are from Li, Pan and Zhang, "Kaleidoscope: Learnable Masks
+for Heterogeneous Multi-agent Reinforcement Learning" (NeurIPS 2024, arXiv:2410.08540), who put them on MATD3; the
+algorithm under them is MAPPO (Yu et al. 2022, arXiv:2103.01955) with HARL's networks and tuned values (Zhong et al.
+2024, arXiv:2304.09870).
+
+Letters in shapes: B batch, N agents, K critics, M masks (N for the actor, K for the critic), T steps,
+E environments, S numbers of state. Networks and losses take any leading dimensions, and a mask is one of them.
+"""
+
+import contextlib
+import dataclasses
+import io
+import math
+import os
+import re
+import sys
+import time
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from mamujoco_env import MaMuJoCoVecEnv, agent_observations, parse_env_id, standardise
+
+
+@dataclasses.dataclass
+class Args:
+    """Train Kaleidoscope-MAPPO on a multi-agent MuJoCo task, or evaluate a saved model."""
+
+    # run
+    exp_name: str = "kalei_mappo_mamujoco"
+    """name of this experiment, part of the run's folder"""
+    seed: int = 1
+    """seed of the weights, the exploration, the minibatches and the environments"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where networks, rollouts and updates live; auto takes the GPU if there is one"""
+    total_timesteps: int = 10_000_000
+    """environment steps of the run, over all environments, rounded up to whole rollouts"""
+    log_interval: int = 5_000
+    """environment steps between two entries of losses, coefficients and masks in TensorBoard"""
+    eval_interval: int = 100_000
+    """environment steps between two evaluations; 0 evaluates at the end only"""
+    eval_episodes: int = 40
+    """episodes of an evaluation, one in each of as many environments; 0 turns evaluation off"""
+    save_model: bool = False
+    """write actor and critic to model.pt in the run's folder, at every evaluation and at the end"""
+    evaluate: str | None = None
+    """do not train: evaluate the model in this file for --eval-episodes episodes, on the task it was trained on"""
+
+    # environment
+    env_id: str = "Ant-v2-4x2"
+    """a robot and its division into agents, such as Walker2d-v2-6x1 or manyagent_swimmer-10x2"""
+    num_envs: int = 20
+    """environments stepped side by side (E)"""
+    num_threads: int = 0
+    """threads for the physics, 0 for one per CPU"""
+    episode_limit: int = 1_000
+    """steps after which an episode is cut; a cut is not a termination"""
+
+    # MAPPO
+    sharing: Literal["kaleidoscope", "full", "none"] = "kaleidoscope"
+    """what the agents' policies share: weights under masks, one network without masks, or nothing"""
+    rollout_steps: int | None = None
+    """steps of every environment in a rollout (T); by default the value of TUNED for the env id, as the next six"""
+    num_epochs: int | None = None
+    """passes over a rollout"""
+    num_minibatches: int | None = None
+    """minibatches that a pass divides the rollout into, an update each"""
+    clip: float | None = None
+    """the probability ratio counts up to 1 +- this, and a value's change up to +- this"""
+    entropy_coef: float | None = None
+    """weight of the entropy bonus"""
+    lr: float | None = None
+    """Adam's learning rate for all but thresholds"""
+    lr_decay: bool | None = None
+    """let all learning rates fall linearly to 0 over the run"""
+    gamma: float = 0.99
+    """discount"""
+    gae_lambda: float = 0.95
+    """lambda of the generalised advantage estimate"""
+    max_grad_norm: float = 10.0
+    """gradients of actor and critic are scaled down to this norm"""
+    huber_delta: float = 10.0
+    """value errors beyond this, in std of returns, count linearly"""
+    value_norm_beta: float = 0.99999
+    """memory of the running mean and std of returns, in which the critic predicts"""
+    hidden_size: int = 128
+    """width of the three hidden layers of actor and critic"""
+    output_gain: float = 0.01
+    """gain of the actor's output layer at the start"""
+    log_std: Literal["shared", "agent"] | None = None
+    """one std per action dimension for all agents, or for each; by default agent with --sharing none, else shared"""
+
+    # masks of the actor, one an agent
+    actor_threshold_scale: float = 5.0
+    """thresholds start as -(U[0, 1) * scale + bias); a weight is kept where |W| > sigmoid(threshold)"""
+    actor_threshold_bias: float = 4.0
+    """see actor_threshold_scale"""
+    actor_diversity_coef: float = 0.1
+    """beta: the diversity loss is scaled to this share of the mean absolute surrogate; 0 turns it off"""
+    actor_reset_interval: int = 1_000_000
+    """environment steps between two resets of actor weights that no mask keeps; 0 turns them off"""
+    actor_reset_ratio: float = 0.5
+    """probability that such a weight is reset"""
+
+    # masks of the critic, one a member of the ensemble
+    num_critics: int = 1
+    """members of the critic ensemble (K); a single one has no mask"""
+    ensemble_value: Literal["mean", "min"] = "mean"
+    """which of the members' values advantages are computed from"""
+    critic_threshold_scale: float = 20.0
+    """as actor_threshold_scale"""
+    critic_threshold_bias: float = 0.0
+    """as actor_threshold_bias"""
+    critic_diversity_coef: float = 0.1
+    """beta: the diversity loss is scaled to this share of the critic loss; 0 turns it off"""
+    critic_reset_interval: int = 800_000
+    """environment steps between two resets of one critic's thresholds; 0 turns them off"""
+
+    # both
+    threshold_lr: float = 0.05
+    """Adam's learning rate for thresholds, which have a long way to go in few updates"""
+    threshold_eps: float = 1e-12
+    """Adam's epsilon for thresholds, whose gradients are up to a million times smaller than those of weights"""
+    layer_weights: tuple[float, float, float, float] = (1.0, 2.0, 4.0, 8.0)
+    """lambda: weights of the four layers in the diversity loss"""
+    weighted_diversity: bool = True
+    """weigh differences of masks by |W|"""
+    history_length: int = 100
+    """updates whose losses are averaged for the adaptive coefficients"""
+
+
+# what HARL tuned for MAPPO; a flag that is set wins
+TUNED_FLAGS = ("rollout_steps", "num_epochs", "num_minibatches", "clip", "entropy_coef", "lr", "lr_decay")
+TUNED = {
+    "Ant-v2-4x2": (200, 5, 1, 0.1, 0.0, 5e-4, False),
+    "HalfCheetah-v2-2x3": (200, 15, 1, 0.05, 0.01, 5e-4, False),
+    "Hopper-v2-3x1": (200, 10, 1, 0.05, 0.0, 5e-4, True),
+    "Walker2d-v2-2x3": (200, 5, 2, 0.05, 0.0, 1e-3, True),
+    "Walker2d-v2-6x1": (200, 5, 1, 0.1, 0.01, 5e-4, False),
+    "Humanoid-v2-17x1": (100, 5, 1, 0.1, 0.0, 5e-4, True),
+}
+UNTUNED = (200, 5, 1, 0.1, 0.0, 5e-4, False)  # for the other env ids
+
+
+# ---- Masked networks ----
+class MaskedLinear(nn.Module):
+    """One weight W (out, in) and bias (out,), shared by M masks with thresholds s (M, out, in).
+
+    Mask k keeps the weights with |W| > sigmoid(s_k) and shrinks what it keeps, W_k = sign(W) relu(|W| - sigmoid(s_k)),
+    so that gradients reach W and s_k: the paper's adaptive partial parameter sharing, by the soft-threshold
+    reparameterisation of Kusupati et al. 2020.
+    """
+
+    def __init__(self, num_masks, inputs, outputs, threshold_scale, threshold_bias):
+        super().__init__()
+        self.threshold_scale, self.threshold_bias = threshold_scale, threshold_bias
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(outputs).uniform_(-(inputs**-0.5), inputs**-0.5))
+        self.thresholds = nn.Parameter(torch.empty(num_masks, outputs, inputs))
+        with torch.no_grad():
+            self.weight.copy_(self.fresh_weight())
+            self.thresholds.copy_(self.fresh_thresholds())
+
+    def fresh_weight(self):
+        """(out, in), drawn as torch.nn.Linear draws it."""
+        bound = self.weight.shape[-1] ** -0.5
+        return torch.empty_like(self.weight).uniform_(-bound, bound)
+
+    def fresh_thresholds(self):
+        """(M, out, in), drawn as -(U[0, 1) * scale + bias)."""
+        return -(torch.rand_like(self.thresholds) * self.threshold_scale + self.threshold_bias)
+
+    def effective_weight(self, masks=slice(None)):
+        """W as each of `masks` sees it: (len(masks), out, in), or (out, in) for one index."""
+        kept = torch.relu(self.weight.abs() - torch.sigmoid(self.thresholds[masks]))
+        return torch.sign(self.weight) * kept
+
+    def masks(self):
+        """(M, out, in) bool: what each mask keeps."""
+        return self.weight.abs() > torch.sigmoid(self.thresholds)
+
+
+class OrthogonalLinear(MaskedLinear):
+    """A masked layer as PPO starts it: W orthogonal times `gain`, bias 0.
+
+    With `own`, every mask has a weight and a bias of its own: W (M, out, in), bias (M, 1, out).
+    """
+
+    def __init__(self, num_masks, inputs, outputs, threshold_scale, threshold_bias, gain, own):
+        self.gain = gain  # goes first, since the constructor draws W
+        super().__init__(num_masks, inputs, outputs, threshold_scale, threshold_bias)
+        self.bias = nn.Parameter(torch.zeros(num_masks, 1, outputs) if own else torch.zeros(outputs))
+        if own:
+            self.weight = nn.Parameter(torch.empty(num_masks, outputs, inputs))
+            with torch.no_grad():
+                self.weight.copy_(self.fresh_weight())
+
+    def fresh_weight(self):
+        """(out, in) or (M, out, in): each matrix orthogonal, with entries of gain / sqrt(max(in, out)) in rms."""
+        weight = torch.empty_like(self.weight)
+        for matrix in weight.view(-1, *weight.shape[-2:]):
+            nn.init.orthogonal_(matrix, self.gain)
+        return weight
+
+
+class Norm(nn.Module):
+    """LayerNorm whose scale and shift all masks share, or with `own` have for themselves, (M, 1, size)."""
+
+    def __init__(self, num_masks, size, own):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num_masks, 1, size) if own else torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros_like(self.weight))
+
+    def forward(self, x):
+        if self.weight.dim() == 1:
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias)
+        return torch.addcmul(self.bias, F.layer_norm(x, x.shape[-1:]), self.weight)
+
+
+class MaskedMLP(nn.Module):
+    """LayerNorm, then four masked layers with ReLU and LayerNorm between them.
+
+    `sharing` says what the M masks' networks have in common:
+      kaleidoscope   everything but the masks
+      full           everything: thresholds of -inf, which keep all of W as it is and never move
+      none           nothing: the same thresholds, and weights, biases and norms of their own
+    The effective weights are an argument of their own, since they often stay the same over many products.
+    """
+
+    def __init__(self, num_masks, inputs, hidden, outputs, threshold_scale, threshold_bias, output_gain, sharing):
+        super().__init__()
+        own = sharing == "none"
+        bias = threshold_bias if sharing == "kaleidoscope" else math.inf
+        layers, norms = [], []
+        for size in ((inputs, hidden), (hidden, hidden), (hidden, hidden), (hidden, outputs)):
+            gain = output_gain if len(layers) == 3 else 2**0.5
+            # sigmoid(s) is about exp(s), so that a shift by the log of a layer's size (rms of its weights, relative to
+            # the first layer's) gives all layers the same share of zeros: the last one starts 100 times smaller
+            shift = math.log((gain / max(size) ** 0.5) / (2 / max(inputs, hidden)) ** 0.5)
+            norms.append(Norm(num_masks, size[0], own))
+            layers.append(OrthogonalLinear(num_masks, *size, threshold_scale, bias - shift, gain, own))
+        self.layers, self.norms = nn.ModuleList(layers), nn.ModuleList(norms)
+
+    def effective_weights(self, masks=slice(None)):
+        """The four layers' effective weights (M, out, in)."""
+        return [layer.effective_weight(masks) for layer in self.layers]
+
+    def forward(self, x, weights):
+        """x (B, in) or (M, B, in) -> (M, B, out), through weights (M, out, in): one product a layer for all masks."""
+        for index, (norm, layer, weight) in enumerate(zip(self.norms, self.layers, weights, strict=True)):
+            x = norm(torch.relu(x) if index else x) @ weight.mT + layer.bias
+        return x
+
+    @torch.no_grad()
+    def sparsity(self):
+        """(4,): each layer's share of zeros among the effective weights of all masks."""
+        return torch.stack([1 - layer.masks().float().mean() for layer in self.layers])
+
+    @torch.no_grad()
+    def mask_difference(self):
+        """The share of weights that one mask keeps and another drops, averaged over pairs of masks."""
+        differing = pairs = 0
+        for layer in self.layers:
+            n, keep = len(layer.thresholds), layer.masks().sum(0)
+            differing += (2 * keep * (n - keep)).sum()
+            pairs += n * (n - 1) * keep.numel()
+        return differing / max(pairs, 1)
+
+
+class Actor(MaskedMLP):
+    """Gaussian policies of N agents, one mask each, in the actions' own units.
+
+    The mean is not bounded: actions are clipped to the bounds low, high (N, act) on their way to the environment only.
+    Where both bounds are 0, an action is padding, and has no part in probabilities and entropy.
+    """
+
+    def __init__(self, observation_size, low, high, args):
+        scale, bias = args.actor_threshold_scale, args.actor_threshold_bias
+        (agents, act), ends = low.shape, (args.output_gain, args.sharing)
+        super().__init__(agents, observation_size, args.hidden_size, act, scale, bias, *ends)
+        self.log_std = nn.Parameter(torch.ones((agents, 1, act) if args.log_std == "agent" else act))
+        real = (high > low).astype(low.dtype)[:, None]  # (N, 1, act): 1 for an action, 0 for padding
+        for name, value in (("low", low), ("high", high), ("real", real)):
+            self.register_buffer(name, torch.as_tensor(value))
+
+    def std(self):
+        """(act,) or (N, 1, act), at most 0.5."""
+        return 0.5 * torch.sigmoid(self.log_std)
+
+    def act(self, obs, weights):
+        """The best actions: obs (B, N, obs) -> (B, N, act), within the bounds."""
+        return torch.clamp(self(obs.transpose(-3, -2), weights).transpose(-3, -2), self.low, self.high)
+
+    def sample(self, obs, weights):
+        """Random actions: obs (B, N, obs) -> (B, N, act), not clipped."""
+        mean = self(obs.transpose(-3, -2), weights)
+        return (mean + torch.randn_like(mean) * self.std()).transpose(-3, -2)
+
+    def log_prob(self, obs, actions, weights):
+        """Of all of an agent's actions together: obs (N, B, obs), actions (N, B, act) -> (N, B)."""
+        std = self.std()
+        error = (actions - self(obs, weights)) / std
+        densities = -0.5 * error.square() - torch.log(std) - 0.5 * math.log(2 * math.pi)
+        return (densities * self.real).sum(-1)
+
+    def entropy(self):
+        """(), the mean over agents."""
+        entropies = torch.log(self.std()) + 0.5 * math.log(2 * math.pi * math.e)
+        return (entropies * self.real).sum(-1).mean()
+
+
+class Critic(MaskedMLP):
+    """An ensemble of K state values, one mask each, in std of returns: state (B, S) -> (K, B, 1)."""
+
+    def __init__(self, state_size, args):
+        scale, bias = args.critic_threshold_scale, args.critic_threshold_bias
+        sharing = "kaleidoscope" if args.num_critics > 1 else "full"
+        super().__init__(args.num_critics, state_size, args.hidden_size, 1, scale, bias, 1.0, sharing)
+        self.value_norm = ValueNorm(args.value_norm_beta)
+
+
+class ValueNorm(nn.Module):
+    """Running mean and std of returns, debiased as Adam's moments are, so that they are right from the first update."""
+
+    def __init__(self, beta):
+        super().__init__()
+        self.beta = beta
+        self.register_buffer("averages", torch.zeros(3))  # of returns, their squares, and 1: from 0, like Adam's
+
+    def update(self, returns):
+        latest = torch.stack([returns.mean(), returns.square().mean(), torch.ones_like(self.averages[0])])
+        self.averages.lerp_(latest, 1 - self.beta)
+
+    def mean_std(self):
+        mean, square = self.averages[:2] / self.averages[2].clamp(min=1e-5)
+        return mean, (square - mean.square()).clamp(min=1e-2).sqrt()
+
+    def normalise(self, returns):
+        mean, std = self.mean_std()
+        return (returns - mean) / std
+
+    def denormalise(self, values):
+        mean, std = self.mean_std()
+        return values * std + mean
+
+
+# ---- Mask diversity ----
+class PairwiseMaskDifference(torch.autograd.Function):
+    """sum_ij || (M_i - M_j) * |W| ||_1 over all ordered pairs of masks of a layer, in O(M) and not O(M^2).
+
+    Where k of the M masks keep a weight, 2 k (M - k) ordered pairs differ. The gradient towards mask i is that of
+    the plain form, 2 (M M_i - k) |W|, not autograd's of k (M - k). It passes through the step function
+    M_i = 1[|W| > sigmoid(s_i)] as tanh(gradient) and reaches the thresholds only: W counts as a constant.
+    """
+
+    @staticmethod
+    def forward(ctx, thresholds, weight, weighted):
+        """thresholds (..., M, out, in), weight (..., out, in) -> (...)."""
+        sigmoid, magnitude = torch.sigmoid(thresholds), weight.abs()
+        masks = magnitude.unsqueeze(-3) > sigmoid
+        importance = magnitude if weighted else torch.ones_like(magnitude)
+        keep = masks.sum(-3, dtype=weight.dtype)  # k of each weight
+        drop = masks.shape[-3] - keep
+        ctx.save_for_backward(sigmoid, masks, keep * importance, drop * importance)
+        return (2 * keep * drop * importance).sum((-2, -1))
+
+    @staticmethod
+    def backward(ctx, grad):
+        sigmoid, masks, keep, drop = ctx.saved_tensors
+        grad = 2 * grad[..., None, None]
+        kept, dropped = torch.tanh(grad * drop), torch.tanh(-grad * keep)  # towards masks that keep or drop a weight
+        slope = (sigmoid - 1).mul_(sigmoid)  # of -sigmoid(s)
+        return slope.mul_(torch.where(masks, kept.unsqueeze(-3), dropped.unsqueeze(-3))), None, None
+
+
+def diversity_loss(network, layer_weights, weighted=True):
+    """L_div, the paper's diversity regularisation, normalised as released: minus the weighted mean difference."""
+    num_masks = network.layers[0].thresholds.shape[-3]
+    num_weights = sum(layer.weight.shape[-2] * layer.weight.shape[-1] for layer in network.layers)
+    loss = 0.0
+    for layer_weight, layer in zip(layer_weights, network.layers, strict=True):
+        loss = loss - layer_weight * PairwiseMaskDifference.apply(layer.thresholds, layer.weight.detach(), weighted)
+    return loss / max(num_masks * (num_masks - 1) * num_weights, 1)
+
+
+class AdaptiveCoefficient:
+    """The weight of the diversity loss: |beta * mean(RL losses) / mean(diversity losses)| over the latest `length`.
+
+    The histories are rings on the device. Both hold equally many losses and zeros, so that the ratio of the sums
+    is the ratio of the means.
+    """
+
+    def __init__(self, beta, length, device):
+        self.beta = beta
+        self.losses = torch.zeros(2, length, device=device)
+        self.slot = torch.zeros(1, dtype=torch.long, device=device)
+
+    def __call__(self, rl_loss, diversity):
+        self.losses.index_copy_(1, self.slot, torch.stack([rl_loss, diversity]).detach()[:, None])
+        self.slot.add_(1).remainder_(self.losses.shape[1])
+        rl_sum, diversity_sum = self.losses.sum(1)
+        ratio = rl_sum / torch.where(diversity_sum == 0, 1.0, diversity_sum)
+        return torch.where(diversity_sum == 0, self.beta, (self.beta * ratio).abs())
+
+
+# ---- Resets ----
+def reached(interval, previous_step, step):
+    """Whether the steps after previous_step, up to `step`, reached a multiple of `interval`; never if it is 0."""
+    return interval > 0 and step // interval > previous_step // interval
+
+
+def reset_due(interval, previous_step, step, total_steps):
+    """Whether a multiple of `interval` was reached, and more than one interval is left before the run's end."""
+    return reached(interval, previous_step, step) and total_steps - step > interval
+
+
+@torch.no_grad()
+def reset_actor(actor, ratio):
+    """Draw afresh, with probability `ratio`, each weight that no mask keeps, and its thresholds. Returns how many."""
+    num_reset = 0
+    for layer in actor.layers:
+        reset = ~layer.masks().any(0) & (torch.rand_like(layer.weight) < ratio)
+        layer.weight.copy_(torch.where(reset, layer.fresh_weight(), layer.weight))
+        layer.thresholds.copy_(torch.where(reset, layer.fresh_thresholds(), layer.thresholds))
+        num_reset += reset.sum()
+    return num_reset
+
+
+def member_to_reset(step, args):
+    """The ensemble's members take turns: 0 at the first reset, then 1, ..., K - 1, 0, ...."""
+    return (step // args.critic_reset_interval - 1) % args.num_critics
+
+
+@torch.no_grad()
+def reset_critic(critic, member):
+    """Draw one member's thresholds afresh."""
+    for layer in critic.layers:
+        layer.thresholds[member] = layer.fresh_thresholds()[member]
+
+
+# ---- Rollout, advantages, losses ----
+class Rollout:
+    """T steps of E environments, on the device. It holds states only: they imply the observations."""
+
+    def __init__(self, steps, num_envs, state_size, action_shape, device):
+        shape = (steps, num_envs)
+        self.state = torch.zeros(*shape, state_size, device=device)
+        self.next_state = torch.zeros(*shape, state_size, device=device)  # where the action led to, before any reset
+        self.actions = torch.zeros(*shape, *action_shape, device=device)  # as sampled, not clipped
+        self.reward = torch.zeros(shape, device=device)
+        self.terminated = torch.zeros(shape, dtype=torch.bool, device=device)
+        self.truncated = torch.zeros(shape, dtype=torch.bool, device=device)
+
+    def add(self, step, **arrays):
+        """Store step number `step` of all environments: arrays or tensors of E rows by name."""
+        for name, values in arrays.items():
+            getattr(self, name)[step] = torch.as_tensor(values)
+
+
+class Batch(NamedTuple):
+    """What updates work on: the B = T E steps of a rollout."""
+
+    state: torch.Tensor  # (B, S), standardised
+    obs: torch.Tensor  # (N, B, S + N)
+    actions: torch.Tensor  # (N, B, act)
+    log_prob: torch.Tensor  # (N, B), of the policy that acted
+    advantages: torch.Tensor  # (B,), normalised: mean 0, std 1
+    values: torch.Tensor  # (K, B), in std of returns, of the critic before the updates
+    returns: torch.Tensor  # (B,), in std of returns
+
+
+def estimate_advantages(reward, values, next_values, terminated, truncated, gamma, gae_lambda):
+    """Generalised advantage estimates (T, E), from tensors (T, E).
+
+    next_values are those of the states that actions led to, before any reset: an episode that is cut bootstraps from
+    where it was cut. One that terminates does not bootstrap.
+    """
+    deltas = reward + gamma * next_values * ~terminated - values
+    goes_on = ~(terminated | truncated)
+    advantages = torch.empty_like(deltas)
+    later = torch.zeros_like(deltas[0])
+    for step in range(len(deltas) - 1, -1, -1):
+        later = deltas[step] + gamma * gae_lambda * later * goes_on[step]
+        advantages[step] = later
+    return advantages
+
+
+def clipped_surrogate(ratio, advantages, clip):
+    """PPO's objective of each step, to be maximised: ratio (N, B), advantages (B,) -> (N, B)."""
+    return torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+
+
+def clipped_value_loss(values, old_values, returns, clip, delta):
+    """The worse of the Huber losses of a value and of its clipped change: (K, B), (K, B), (B,) -> (K, B)."""
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    returns = returns.expand_as(values)
+    losses = (F.huber_loss(each, returns, reduction="none", delta=delta) for each in (values, clipped))
+    return torch.maximum(*losses)
+
+
+# ---- The update ----
+class Learner:
+    """Networks, optimisers and loss histories, and the updates that change them in place on the device."""
+
+    def __init__(self, state_size, low, high, args, device):
+        self.args, self.num_agents = args, len(low)
+        self.actor = Actor(state_size + self.num_agents, low, high, args).to(device)
+        self.critic = Critic(state_size, args).to(device)
+        self.actor_optimizer = self.make_optimizer(self.actor, device)
+        self.critic_optimizer = self.make_optimizer(self.critic, device)
+        self.actor_coefficient = AdaptiveCoefficient(args.actor_diversity_coef, args.history_length, device)
+        self.critic_coefficient = AdaptiveCoefficient(args.critic_diversity_coef, args.history_length, device)
+
+    def make_optimizer(self, network, device):
+        """Adam, with learning rate and epsilon of their own for the thresholds."""
+        thresholds = [parameter for name, parameter in network.named_parameters() if name.endswith("thresholds")]
+        others = [parameter for name, parameter in network.named_parameters() if not name.endswith("thresholds")]
+        groups = [dict(params=others, lr=self.args.lr, eps=1e-5)]
+        groups.append(dict(params=thresholds, lr=self.args.threshold_lr, eps=self.args.threshold_eps))
+        return torch.optim.Adam(groups, fused=True, capturable=device.type == "cuda")
+
+    def scale_learning_rates(self, factor):
+        """Set all learning rates to `factor` times those of the start."""
+        for optimizer in (self.actor_optimizer, self.critic_optimizer):
+            for group, lr in zip(optimizer.param_groups, (self.args.lr, self.args.threshold_lr), strict=True):
+                group["lr"] = lr * factor
+
+    @torch.no_grad()
+    def prepare(self, rollout):
+        """All that a rollout's updates need, in one go: the Batch and the losses that are known before them."""
+        args, critic, shape = self.args, self.critic, rollout.reward.shape
+        state = standardise(rollout.state).flatten(0, 1)
+        both = torch.cat([state, standardise(rollout.next_state).flatten(0, 1)])
+        predictions = critic(both, critic.effective_weights()).squeeze(-1)  # (K, 2 B)
+        combined = predictions.mean(0) if args.ensemble_value == "mean" else predictions.amin(0)
+        values, next_values = critic.value_norm.denormalise(combined).view(2, *shape)
+        ends = (rollout.terminated, rollout.truncated)
+        advantages = estimate_advantages(rollout.reward, values, next_values, *ends, args.gamma, args.gae_lambda)
+        returns = advantages + values
+        critic.value_norm.update(returns)
+
+        obs = agent_observations(rollout.state.flatten(0, 1), self.num_agents).transpose(0, 1).contiguous()
+        actions = rollout.actions.flatten(0, 1).transpose(0, 1).contiguous()
+        batch = Batch(
+            state=state,
+            obs=obs,
+            actions=actions,
+            log_prob=self.actor.log_prob(obs, actions, self.actor.effective_weights()),
+            advantages=((advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-5)).flatten(),
+            values=predictions[:, : len(state)].contiguous(),
+            returns=critic.value_norm.normalise(returns).flatten(),
+        )
+        explained = 1 - advantages.var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
+        return batch, {"losses/explained_variance": explained, "values/value": values.mean()}
+
+    def step(self, optimizer, network, loss):
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), self.args.max_grad_norm)
+        optimizer.step()
+
+    def update_actor(self, batch, rows):
+        """One step of all agents' policies on `rows` (b,). Returns its losses as detached scalars on the device."""
+        args = self.args
+        log_prob = self.actor.log_prob(batch.obs[:, rows], batch.actions[:, rows], self.actor.effective_weights())
+        log_ratio = log_prob - batch.log_prob[:, rows]  # (N, b)
+        ratio = log_ratio.exp()  # the product over an agent's action dimensions
+        surrogate = clipped_surrogate(ratio, batch.advantages[rows], args.clip)
+        entropy = self.actor.entropy()
+        loss = -surrogate.mean()
+        diversity = torch.zeros_like(loss)  # without masks
+        if args.sharing == "kaleidoscope":
+            diversity = diversity_loss(self.actor, args.layer_weights, args.weighted_diversity)
+        # the surrogate is about 0 on average, whatever its size: its mean absolute value is the scale
+        coefficient = self.actor_coefficient(surrogate.abs().mean(), diversity)
+        total = loss - args.entropy_coef * entropy + coefficient * diversity
+        self.step(self.actor_optimizer, self.actor, total)
+        log_ratio, ratio = log_ratio.detach(), ratio.detach()
+        return {
+            "losses/policy": loss.detach(),
+            "losses/entropy": entropy.detach(),
+            "losses/approx_kl": (ratio - 1 - log_ratio).mean(),
+            "losses/clipfrac": ((ratio - 1).abs() > args.clip).float().mean(),
+            "losses/actor_diversity": diversity.detach(),
+            "coefficients/actor": coefficient,
+        }
+
+    def update_critic(self, batch, rows):
+        """One step of all members on `rows` (b,). Returns its losses as detached scalars on the device."""
+        args = self.args
+        values = self.critic(batch.state[rows], self.critic.effective_weights()).squeeze(-1)  # (K, b)
+        old_values, returns = batch.values[:, rows], batch.returns[rows]
+        losses = clipped_value_loss(values, old_values, returns, args.clip, args.huber_delta)
+        loss = losses.mean(-1).sum(-1)
+        diversity = diversity_loss(self.critic, args.layer_weights, args.weighted_diversity)
+        coefficient = self.critic_coefficient(loss, diversity)
+        self.step(self.critic_optimizer, self.critic, loss + coefficient * diversity)
+        return {
+            "losses/value": loss.detach(),
+            "losses/critic_diversity": diversity.detach(),
+            "coefficients/critic": coefficient,
+        }
+
+    def update(self, rollout):
+        """All updates on a rollout. Returns losses by name, their means over the updates."""
+        args = self.args
+        batch, known = self.prepare(rollout)
+        logs = []
+        for _ in range(args.num_epochs):
+            order = torch.rand(len(batch.state), device=batch.state.device).argsort()
+            for rows in order.tensor_split(args.num_minibatches):
+                logs.append(self.update_actor(batch, rows) | self.update_critic(batch, rows))
+        return known | {name: torch.stack([log[name] for log in logs]).mean() for name in logs[0]}
+
+
+# ---- Evaluation, saving ----
+@torch.no_grad()
+def evaluate(actor, envs, seed):
+    """Run one episode in every environment with deterministic actions: returns (E,), lengths (E,).
+
+    Waiting for every environment's first episode, and for no other, counts long and short episodes alike.
+    """
+    weights = actor.effective_weights()
+    returns, lengths, finished = np.zeros(envs.num_envs), np.zeros(envs.num_envs), np.zeros(envs.num_envs, bool)
+    obs, _ = envs.reset(seed=seed)
+    while not finished.all():
+        actions = actor.act(torch.as_tensor(obs, device=actor.low.device), weights)
+        obs, _, _, _, infos = envs.step(actions.cpu().numpy())
+        if "episode" in infos:
+            first = infos["_episode"] & ~finished
+            returns[first], lengths[first] = infos["episode"]["r"][first], infos["episode"]["l"][first]
+            finished |= first
+    return returns, lengths
+
+
+def save_model(path, learner, global_step):
+    """Write actor, critic and arguments; a reader never sees half a file."""
+    model = {"actor": learner.actor.state_dict(), "critic": learner.critic.state_dict()}
+    model |= {"args": dataclasses.asdict(learner.args), "global_step": global_step}
+    torch.save(model, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+def load_actor(path, env_id, device):
+    """The actor of a file that save_model wrote and the arguments it was trained with: (Actor, Args)."""
+    try:
+        model = torch.load(path, map_location=device, weights_only=True)
+        args, state = Args(**model["args"]), model["actor"]
+        actor = Actor(state["layers.0.weight"].shape[-1], state["low"].cpu().numpy(), state["high"].cpu().numpy(), args)
+        actor.load_state_dict(state)
+    except OSError as error:
+        fail(f"--evaluate {path}: {error.strerror or error}, expected a file that --save-model wrote")
+    except Exception as error:  # what a damaged or foreign file raises depends on where it breaks
+        reason = str(error).split("\n")[0]
+        fail(f"--evaluate {path}: not a model that --save-model wrote ({type(error).__name__}: {reason})")
+    if env_id not in (Args.env_id, args.env_id):
+        fail(f"--env-id {env_id}: the model in {path} was trained on {args.env_id}")
+    return actor.to(device), args
+
+
+# ---- Command line ----
+def fail(message):
+    """End with one line on stderr and exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def parse_args(argv=None):
+    """The checked arguments, tuned values filled in. Bad ones end in one line on stderr and exit code 2."""
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            args = tyro.cli(Args, args=argv)
+    except SystemExit as stop:
+        if stop.code:  # take tyro's message out of its box, and leave out the box's title and rules
+            lines = re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯]", "", complaint.getvalue()).splitlines()
+            fail(" ".join(" ".join(line for line in lines if "──" not in line and "─ " not in line).split()))
+        raise
+    for name, tuned in zip(TUNED_FLAGS, TUNED.get(args.env_id, UNTUNED), strict=True):
+        if getattr(args, name) is None:
+            setattr(args, name, tuned)
+    args.log_std = args.log_std or ("agent" if args.sharing == "none" else "shared")
+    check_args(args)
+    return args
+
+
+def check_args(args):
+    """Refuse what cannot work, before anything is made."""
+
+    def require(names, condition, expected):
+        for name in names.split():
+            value = getattr(args, name)
+            if not condition(value):
+                fail(f"--{name.replace('_', '-')} is {value}, expected {expected}")
+
+    counts = "num_envs episode_limit rollout_steps num_epochs num_minibatches total_timesteps"
+    require(counts, lambda x: x >= 1, "at least 1")
+    require("hidden_size num_critics history_length log_interval", lambda x: x >= 1, "at least 1")
+    require("num_threads eval_interval eval_episodes", lambda x: x >= 0, "at least 0")
+    if args.evaluate is not None:
+        require("eval_episodes", lambda x: x >= 1, "at least 1 with --evaluate")
+    require("actor_reset_interval critic_reset_interval", lambda x: x >= 0, "at least 0")
+    require("gamma gae_lambda actor_reset_ratio", lambda x: 0 <= x <= 1, "a number from 0 to 1")
+    require("value_norm_beta", lambda x: 0 <= x < 1, "a number from 0 to less than 1")
+    scales = "actor_threshold_scale critic_threshold_scale actor_diversity_coef critic_diversity_coef"
+    require(f"{scales} lr threshold_lr entropy_coef", lambda x: 0 <= x < math.inf, "a finite number of at least 0")
+    positive = "clip huber_delta max_grad_norm output_gain threshold_eps"
+    require(positive, lambda x: 0 < x < math.inf, "a finite number above 0")
+    require("actor_threshold_bias critic_threshold_bias", math.isfinite, "a finite number")
+    require("layer_weights", lambda x: all(0 <= w < math.inf for w in x), "finite numbers of at least 0")
+    require("seed", lambda x: 0 <= x < 2**63, "an integer from 0 to 2^63 - 1")
+    require("exp_name", lambda x: re.fullmatch(r"[\w.+-]+", x), "letters, digits and any of _ . + -")
+    rows = args.rollout_steps * args.num_envs
+    require("num_minibatches", lambda x: x <= rows, f"at most the {rows} steps of a rollout")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device is cuda, expected cpu or auto: PyTorch finds no CUDA device here")
+    try:
+        parse_env_id(args.env_id)
+    except ValueError as error:
+        fail(f"--env-id: {error}")
+
+
+def make_run_folder(args):
+    """Make and return runs/{env_id}__{exp_name}__{seed}__{time}, a new folder."""
+    now = int(time.time())
+    while True:
+        name = f"{args.env_id.replace('|', '_')}__{args.exp_name}__{args.seed}__{now}"
+        try:
+            os.makedirs(os.path.join("runs", name))
+            return os.path.join("runs", name)
+        except FileExistsError as error:
+            if not os.path.isdir("runs"):
+                fail(f"runs: {error.strerror}, expected a folder to write to")
+            now += 1  # another run started in this second
+        except OSError as error:
+            fail(f"{error.filename}: {error.strerror}, expected a folder to write to")
+
+
+def main():
+    args = parse_args()
+    device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    eval_seed = args.seed + 1_000_000  # episodes of evaluation start from states of their own
+
+    if args.evaluate is not None:
+        actor, trained = load_actor(args.evaluate, args.env_id, device)
+        limit, threads = trained.episode_limit, args.num_threads
+        eval_envs = MaMuJoCoVecEnv(trained.env_id, args.eval_episodes, eval_seed, threads, limit)
+        returns, lengths = evaluate(actor, eval_envs, eval_seed)
+        result = f"return {returns.mean():.1f} +- {returns.std():.1f} (std), length {lengths.mean():.0f}"
+        print(f"{trained.env_id}: {result}, {len(returns)} episodes")
+        return
+
+    run_folder = make_run_folder(args)
+    writer = SummaryWriter(run_folder)
+    rows = "\n".join(f"|{name}|{value}|" for name, value in dataclasses.asdict(args).items())
+    writer.add_text("hyperparameters", f"|name|value|\n|-|-|\n{rows}")
+    tuned = ", ".join(f"{name} {getattr(args, name)}" for name in TUNED_FLAGS)
+    print(f"{run_folder} on {device}: sharing {args.sharing}, {tuned}")
+    torch.manual_seed(args.seed)
+
+    envs = MaMuJoCoVecEnv(args.env_id, args.num_envs, args.seed, args.num_threads, args.episode_limit)
+    space = envs.single_action_space
+    learner = Learner(envs.state_size, space.low, space.high, args, device)
+    actor = learner.actor
+    rollout = Rollout(args.rollout_steps, args.num_envs, envs.state_size, space.shape, device)
+    if args.eval_episodes:
+        limit, threads = args.episode_limit, args.num_threads
+        eval_envs = MaMuJoCoVecEnv(args.env_id, args.eval_episodes, eval_seed, threads, limit)
+
+    num_threads = torch.get_num_threads()
+    global_step = num_updates = 0
+    training_seconds = 0.0  # without evaluation
+    status = {}
+    obs, infos = envs.reset()
+    state = infos["state"]
+    steps_per_rollout = args.rollout_steps * args.num_envs
+    num_steps = -(-args.total_timesteps // steps_per_rollout) * steps_per_rollout
+    progress = tqdm(total=num_steps, unit="step", unit_scale=True, dynamic_ncols=True)
+    while global_step < args.total_timesteps:
+        previous_step, round_start = global_step, time.perf_counter()
+
+        # act: the weights stay the same for a whole rollout, and so do the effective ones; on one thread, since waiting
+        # threads of PyTorch spin on cores that the physics could use
+        torch.set_num_threads(1)
+        with torch.no_grad():
+            weights = actor.effective_weights()
+        for step in range(args.rollout_steps):
+            with torch.no_grad():
+                actions = actor.sample(torch.as_tensor(obs, device=device), weights)
+                clipped = torch.clamp(actions, actor.low, actor.high)
+            obs, reward, terminated, truncated, infos = envs.step(clipped.cpu().numpy())
+            outcome = dict(reward=reward, next_state=infos["final_state"], terminated=terminated, truncated=truncated)
+            rollout.add(step, state=state, actions=actions, **outcome)
+            state = infos["state"]
+            global_step += args.num_envs
+            if "episode" in infos:
+                ended, episode = infos["_episode"], infos["episode"]
+                writer.add_scalar("charts/episodic_return", episode["r"][ended].mean(), global_step)
+                writer.add_scalar("charts/episodic_length", episode["l"][ended].mean(), global_step)
+
+        # learn
+        torch.set_num_threads(num_threads)
+        if args.lr_decay:
+            learner.scale_learning_rates(1 - previous_step / args.total_timesteps)
+        logs = learner.update(rollout)
+        num_updates += args.num_epochs * args.num_minibatches
+        if reset_due(args.actor_reset_interval, previous_step, global_step, args.total_timesteps):
+            num_reset = reset_actor(actor, args.actor_reset_ratio)
+            writer.add_scalar("resets/actor_weights", num_reset.item(), global_step)
+        critic_reset_due = reset_due(args.critic_reset_interval, previous_step, global_step, args.total_timesteps)
+        if args.num_critics > 1 and critic_reset_due:
+            member = member_to_reset(global_step, args)
+            reset_critic(learner.critic, member)
+            writer.add_scalar("resets/critic_member", member, global_step)
+
+        # log
+        if reached(args.log_interval, previous_step, global_step):
+            for name, value in logs.items():
+                writer.add_scalar(name, value.item(), global_step)
+            for name, network in (("actor", actor), ("critic", learner.critic)):
+                for layer, share in enumerate(network.sparsity().tolist(), start=1):
+                    writer.add_scalar(f"masks/{name}_sparsity_layer{layer}", share, global_step)
+                writer.add_scalar(f"masks/{name}_difference", network.mask_difference().item(), global_step)
+            writer.add_scalar("charts/updates", num_updates, global_step)
+            writer.add_scalar("charts/unstable_episodes", infos["unstable"], global_step)
+        training_seconds += time.perf_counter() - round_start
+        status["SPS"] = int(global_step / training_seconds)
+        if reached(args.log_interval, previous_step, global_step):
+            writer.add_scalar("charts/SPS", status["SPS"], global_step)
+
+        # evaluate, save
+        finished = global_step >= args.total_timesteps
+        if args.eval_episodes and (finished or reached(args.eval_interval, previous_step, global_step)):
+            returns, lengths = evaluate(actor, eval_envs, eval_seed)
+            for name, value in (("return", returns.mean()), ("return_std", returns.std()), ("length", lengths.mean())):
+                writer.add_scalar(f"charts/eval_{name}", value, global_step)
+            status["eval"] = f"{returns.mean():.1f}+-{returns.std():.1f}"
+        if args.save_model and (finished or reached(args.eval_interval, previous_step, global_step)):
+            save_model(os.path.join(run_folder, "model.pt"), learner, global_step)
+        progress.set_postfix(status, refresh=False)
+        progress.update(global_step - previous_step)
+
+    progress.close()
+    writer.close()
+    envs.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,367 @@
+"""Kaleidoscope-MAPPO's pieces against plain loops: advantages, ValueNorm, losses, policies and sharing modes."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kalei_mappo_mamujoco as script
+
+CPU = torch.device("cpu")
+AGENTS, ACT, STATE = 3, 2, 7
+
+
+@pytest.fixture
+def make_learner():
+    """A function that makes a small Learner of 3 agents with 2 actions each; the last one's second is padding."""
+
+    def make(dtype=torch.float32, seed=0, **changes):
+        torch.manual_seed(seed)
+        settings = dict(rollout_steps=6, num_epochs=2, num_minibatches=2, clip=0.2, entropy_coef=0.01, lr=1e-3)
+        settings |= dict(lr_decay=False, log_std="shared", hidden_size=16, history_length=3, num_envs=4) | changes
+        high = np.linspace(0.5, 1.5, AGENTS * ACT, dtype=np.float32).reshape(AGENTS, ACT)
+        high[-1, -1] = 0
+        learner = script.Learner(STATE, -high, high, script.Args(**settings), CPU)
+        learner.actor.to(dtype)
+        learner.critic.to(dtype)
+        for coefficient in (learner.actor_coefficient, learner.critic_coefficient):
+            coefficient.losses = coefficient.losses.to(dtype)
+        return learner
+
+    return make
+
+
+@pytest.fixture
+def make_rollout():
+    """A function that draws a Rollout that fits make_learner's learners."""
+
+    def make(steps=6, num_envs=4, dtype=torch.float32, seed=0):
+        torch.manual_seed(seed)
+        rollout = script.Rollout(steps, num_envs, STATE, (AGENTS, ACT), CPU)
+        for name in ("state", "next_state", "actions", "reward"):
+            setattr(rollout, name, torch.randn_like(getattr(rollout, name)).to(dtype))
+        rollout.terminated = torch.rand(steps, num_envs) < 0.2
+        rollout.truncated = (torch.rand(steps, num_envs) < 0.2) & ~rollout.terminated
+        return rollout
+
+    return make
+
+
+# ---- advantages ----
+def plain_advantages(reward, values, next_values, terminated, truncated, gamma, gae_lambda):
+    """The definition, forwards: sum_k (gamma lambda)^k delta_{t + k}, up to the end of the episode or the rollout."""
+    steps, num_envs = reward.shape
+    advantages = torch.zeros_like(reward)
+    for env in range(num_envs):
+        for start in range(steps):
+            total, factor = 0.0, 1.0
+            for step in range(start, steps):
+                bootstrap = 0.0 if terminated[step, env] else next_values[step, env].item()
+                total += factor * (reward[step, env].item() + gamma * bootstrap - values[step, env].item())
+                factor *= gamma * gae_lambda
+                if terminated[step, env] or truncated[step, env]:
+                    break
+            advantages[start, env] = total
+    return advantages
+
+
+def test_advantages_equal_the_definition_with_ends_anywhere():
+    torch.manual_seed(0)
+    reward, values, next_values = torch.randn(3, 9, 6, dtype=torch.float64)
+    terminated, truncated = torch.zeros(2, 9, 6, dtype=torch.bool)
+    terminated[3, 1] = truncated[4, 2] = terminated[8, 3] = truncated[8, 4] = True  # mid-rollout and at its end
+    truncated[0, 5] = terminated[1, 5] = truncated[7, 5] = True
+    arguments = (reward, values, next_values, terminated, truncated, 0.97, 0.9)
+    torch.testing.assert_close(script.estimate_advantages(*arguments), plain_advantages(*arguments))
+
+
+@pytest.mark.parametrize("step", [2, 5])
+def test_a_cut_bootstraps_from_where_it_was_cut_and_a_termination_from_nothing(step):
+    """Steps 2 and 5: in mid-rollout, and the rollout's last."""
+    zeros, no = torch.zeros(6, 1), torch.zeros(6, 1, dtype=torch.bool)
+    ended = no.clone()
+    ended[step] = True
+    values, next_values = zeros.clone(), zeros.clone()
+    next_values[step] = 10.0  # of the state before the reset
+    if step < 5:
+        values[step + 1] = -1000.0  # of the next episode
+    cut = script.estimate_advantages(zeros, values, next_values, no, ended, 0.9, 0.5)
+    terminated = script.estimate_advantages(zeros, values, next_values, ended, no, 0.9, 0.5)
+    assert cut[step].item() == pytest.approx(9.0) and terminated[step].item() == 0
+    assert cut[step - 1].item() == pytest.approx(9.0 * 0.45) and terminated[step - 1].item() == 0
+
+
+def test_prepare_bootstraps_from_the_next_state_of_each_step(make_learner, make_rollout):
+    learner, rollout = make_learner(num_critics=3, ensemble_value="min"), make_rollout()
+    critic = learner.critic
+    critic.value_norm.update(torch.randn(100) * 5 + 20)
+    with torch.no_grad():
+        weights = critic.effective_weights()
+        values, next_values = (
+            critic.value_norm.denormalise(critic(script.standardise(states).flatten(0, 1), weights)[..., 0].amin(0))
+            for states in (rollout.state, rollout.next_state)
+        )
+    ends = (rollout.terminated, rollout.truncated, 0.99, 0.95)
+    advantages = plain_advantages(rollout.reward, values.view(6, 4), next_values.view(6, 4), *ends)
+    batch, _ = learner.prepare(rollout)
+    expected = (advantages - advantages.mean()) / advantages.std(correction=0)
+    torch.testing.assert_close(batch.advantages, expected.flatten(), rtol=1e-3, atol=1e-3)
+    returns = critic.value_norm.normalise(advantages.flatten() + values)
+    torch.testing.assert_close(batch.returns, returns, rtol=1e-3, atol=1e-3)
+
+
+def test_prepare_lays_out_steps_of_agents_in_one_order(make_learner, make_rollout):
+    learner, rollout = make_learner(), make_rollout()
+    batch, _ = learner.prepare(rollout)
+    for step, env in ((0, 0), (2, 3), (5, 1)):
+        row = step * 4 + env
+        obs = script.agent_observations(rollout.state[step, env], AGENTS)
+        torch.testing.assert_close(batch.obs[:, row], obs)
+        torch.testing.assert_close(batch.state[row], script.standardise(rollout.state[step, env]))
+        assert torch.equal(batch.actions[:, row], rollout.actions[step, env])
+
+
+# ---- ValueNorm ----
+def test_value_norm_equals_the_plain_formula():
+    torch.manual_seed(0)
+    norm, beta = script.ValueNorm(0.9).double(), 0.9
+    mean_sum = square_sum = weight = 0.0
+    for step in range(5):
+        returns = torch.randn(40, dtype=torch.float64) * (step + 1) + 10
+        norm.update(returns)
+        mean_sum = beta * mean_sum + (1 - beta) * returns.mean().item()
+        square_sum = beta * square_sum + (1 - beta) * returns.square().mean().item()
+        weight = beta * weight + (1 - beta)
+        mean = mean_sum / weight
+        std = math.sqrt(square_sum / weight - mean**2)
+        torch.testing.assert_close(norm.normalise(returns), (returns - mean) / std)
+        torch.testing.assert_close(norm.denormalise(norm.normalise(returns)), returns)
+    assert weight == pytest.approx(1 - beta**5)
+
+
+def test_value_norm_is_right_from_the_first_update_and_finite_before_it():
+    norm = script.ValueNorm(0.99999)
+    assert torch.isfinite(norm.denormalise(torch.randn(5))).all()
+    returns = torch.randn(1000) * 3 + 7
+    norm.update(returns)
+    normalised = norm.normalise(returns)
+    assert normalised.mean().abs() < 0.02 and abs(normalised.std().item() - 1) < 0.02
+
+
+# ---- losses ----
+def test_surrogate_and_its_gradient_equal_a_plain_loop():
+    torch.manual_seed(0)
+    log_prob, old = torch.randn(2, AGENTS, 20, dtype=torch.float64) * 0.3
+    log_prob.requires_grad_()
+    advantages, clip = torch.randn(20, dtype=torch.float64), 0.2
+    ours = script.clipped_surrogate((log_prob - old).exp(), advantages, clip)
+    gradient = torch.autograd.grad(ours.sum(), log_prob)[0]
+    clipped = 0
+    for agent in range(AGENTS):
+        for row in range(20):
+            ratio = math.exp(log_prob[agent, row].item() - old[agent, row].item())
+            advantage = advantages[row].item()
+            value = min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage)
+            assert ours[agent, row].item() == pytest.approx(value)
+            stops = (advantage > 0 and ratio > 1.2) or (advantage < 0 and ratio < 0.8)
+            assert gradient[agent, row].item() == pytest.approx(0.0 if stops else ratio * advantage)
+            clipped += stops
+    assert 5 < clipped < 55, "a test in which nothing or all is clipped tests nothing"
+
+
+def test_value_loss_equals_a_plain_loop():
+    torch.manual_seed(0)
+    values, old = torch.randn(2, 3, 20, dtype=torch.float64)
+    returns, clip, delta = torch.randn(20, dtype=torch.float64) * 3, 0.2, 1.5
+    ours = script.clipped_value_loss(values, old, returns, clip, delta)
+
+    def huber(error):
+        return error**2 / 2 if abs(error) <= delta else delta * (abs(error) - delta / 2)
+
+    for k in range(3):
+        for row in range(20):
+            value, before, target = values[k, row].item(), old[k, row].item(), returns[row].item()
+            clipped = before + min(max(value - before, -clip), clip)
+            assert ours[k, row].item() == pytest.approx(max(huber(target - value), huber(target - clipped)))
+
+
+# ---- policies ----
+def test_probability_and_entropy_leave_padding_out(make_learner):
+    learner = make_learner(torch.float64, log_std="agent", output_gain=1.0)
+    actor = learner.actor
+    with torch.no_grad():
+        actor.log_std.copy_(torch.randn_like(actor.log_std))
+    obs, actions = torch.randn(AGENTS, 5, STATE + AGENTS).double(), torch.randn(AGENTS, 5, ACT).double()
+    weights = actor.effective_weights()
+    mean, std = actor(obs, weights), actor.std()
+    distribution = torch.distributions.Normal(mean, std.expand_as(mean))
+    expected, entropy = distribution.log_prob(actions), distribution.entropy()
+    ours = actor.log_prob(obs, actions, weights)
+    torch.testing.assert_close(ours[:2], expected[:2].sum(-1))
+    torch.testing.assert_close(ours[2], expected[2, :, 0])
+    torch.testing.assert_close(actor.entropy(), (entropy[:2].sum() + entropy[2, :, 0].sum()) / (AGENTS * 5))
+    changed = actions.clone()
+    changed[2, :, 1] += 100
+    assert torch.equal(actor.log_prob(obs, changed, weights), ours)
+    (ours.sum() + actor.entropy()).backward()
+    assert actor.log_std.grad[2, 0, 1] == 0 and (actor.log_std.grad[:2] != 0).all()
+
+
+def test_samples_follow_the_policy_and_only_act_clips(make_learner):
+    actor = make_learner(output_gain=3.0).actor
+    with torch.no_grad():
+        weights = actor.effective_weights()
+        obs = torch.randn(1, AGENTS, STATE + AGENTS)
+        samples = actor.sample(obs.expand(20_000, -1, -1), weights)
+        mean = actor(obs.transpose(0, 1), weights).transpose(0, 1)
+        assert actor.std().flatten()[0].item() == pytest.approx(0.5 / (1 + math.exp(-1)))
+        assert (samples.mean(0) - mean[0]).abs().max() < 0.02 and (samples.std(0) - actor.std()).abs().max() < 0.02
+        best = actor.act(obs, weights)
+    torch.testing.assert_close(best, torch.maximum(torch.minimum(mean, actor.high), actor.low))
+    assert (mean.abs() > actor.high).any() and (samples.abs() > actor.high).any()
+
+
+def test_networks_start_orthogonal_and_a_few_percent_masked_in_every_layer():
+    args = script.Args(log_std="shared", num_critics=5, critic_threshold_scale=5.0, critic_threshold_bias=4.0)
+    torch.manual_seed(0)
+    high = np.ones((17, 1), np.float32)
+    actor, critic = script.Actor(393, -high, high, args), script.Critic(376, args)
+    for network, output_gain in ((actor, 0.01), (critic, 1.0)):
+        for layer, gain in zip(network.layers, (2**0.5,) * 3 + (output_gain,), strict=True):
+            weight = layer.weight if layer.weight.shape[0] <= layer.weight.shape[1] else layer.weight.mT
+            torch.testing.assert_close(weight @ weight.mT, gain**2 * torch.eye(len(weight)), rtol=0, atol=1e-5)
+            assert (layer.bias == 0).all()
+        assert ((network.sparsity() > 0.01) & (network.sparsity() < 0.08)).all(), network.sparsity()
+
+
+# ---- sharing ----
+@pytest.mark.parametrize("sharing", ["kaleidoscope", "full", "none"])
+def test_forward_pass_equals_one_network_after_the_other(sharing, make_learner):
+    actor = make_learner(torch.float64, sharing=sharing, actor_threshold_bias=1.0, output_gain=1.0).actor
+    with torch.no_grad():
+        for parameter in actor.parameters():  # so that norms and biases, which start alike, differ
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    obs = torch.randn(AGENTS, 5, STATE + AGENTS, dtype=torch.float64)
+    together = actor(obs, actor.effective_weights())
+    for agent in range(AGENTS):
+        x = obs[agent]
+        for index, (norm, layer) in enumerate(zip(actor.norms, actor.layers, strict=True)):
+            own = sharing == "none"
+            scale, shift = (norm.weight[agent, 0], norm.bias[agent, 0]) if own else (norm.weight, norm.bias)
+            weight, bias = (layer.weight[agent], layer.bias[agent, 0]) if own else (layer.weight, layer.bias)
+            if sharing == "kaleidoscope":
+                weight = weight.sign() * torch.relu(weight.abs() - torch.sigmoid(layer.thresholds[agent]))
+            x = F.linear(F.layer_norm(torch.relu(x) if index else x, scale.shape, scale, shift), weight, bias)
+        torch.testing.assert_close(together[agent], x)
+
+
+def gradients_of_one_agent(learner, agent):
+    """The actor's parameters by name, with gradients of that agent's log-probabilities and entropy."""
+    actor = learner.actor
+    torch.manual_seed(1)
+    obs, actions = torch.randn(AGENTS, 5, STATE + AGENTS), torch.randn(AGENTS, 5, ACT)
+    log_prob = actor.log_prob(obs, actions, actor.effective_weights())
+    actor.zero_grad()
+    log_prob[agent].square().sum().backward()
+    return dict(actor.named_parameters())
+
+
+def test_full_sharing_gives_all_agents_the_same_weights_and_they_stay_so(make_learner, make_rollout):
+    learner = make_learner(sharing="full", actor_diversity_coef=1.0)
+    for seed in range(3):
+        for layer, effective in zip(learner.actor.layers, learner.actor.effective_weights(), strict=True):
+            assert torch.equal(effective, layer.weight.expand(AGENTS, -1, -1))
+        assert learner.actor.sparsity().max() == 0 and learner.actor.mask_difference() == 0
+        assert int(script.reset_actor(learner.actor, 1.0)) == 0
+        logs = learner.update(make_rollout(seed=seed))
+        assert logs["losses/actor_diversity"] == 0
+    assert all(torch.isfinite(value) for value in logs.values())
+
+
+def test_without_sharing_one_agents_loss_touches_its_own_parameters_only(make_learner, make_rollout):
+    learner = make_learner(sharing="none", log_std="agent", output_gain=1.0)
+    for name, parameter in gradients_of_one_agent(learner, 1).items():
+        if not name.endswith("thresholds"):
+            assert parameter.shape[0] == AGENTS
+            assert (parameter.grad[1] != 0).any(), name
+            assert (parameter.grad[[0, 2]] == 0).all(), name
+    for layer in learner.actor.layers:
+        assert not torch.equal(layer.weight[0], layer.weight[1]), "networks that start alike"
+    for seed in range(3):
+        learner.update(make_rollout(seed=seed))
+    for layer, effective in zip(learner.actor.layers, learner.actor.effective_weights(), strict=True):
+        assert torch.equal(effective, layer.weight)
+    assert int(script.reset_actor(learner.actor, 1.0)) == 0
+
+
+def test_kaleidoscope_gradients_reach_own_thresholds_and_the_shared_weights(make_learner):
+    learner = make_learner(output_gain=1.0, actor_threshold_bias=1.0)
+    for name, parameter in gradients_of_one_agent(learner, 1).items():
+        if name.endswith("thresholds"):
+            assert (parameter.grad[1] != 0).any() and (parameter.grad[[0, 2]] == 0).all(), name
+        else:
+            assert (parameter.grad != 0).any(), name
+
+
+def test_a_single_critic_has_no_mask(make_learner):
+    critic = make_learner(num_critics=1).critic
+    for layer, effective in zip(critic.layers, critic.effective_weights(), strict=True):
+        assert torch.equal(effective[0], layer.weight)
+    assert make_learner(num_critics=3, sharing="full").critic.mask_difference() > 0, "sharing is the actor's"
+
+
+# ---- whole updates ----
+@pytest.mark.parametrize("sharing", ["kaleidoscope", "full", "none"])
+def test_updates_move_all_that_can_move(sharing, make_learner, make_rollout):
+    learner = make_learner(sharing=sharing, num_critics=3, output_gain=1.0)
+    networks = {"actor": learner.actor, "critic": learner.critic}
+    before = {(net, name): p.clone() for net, network in networks.items() for name, p in network.named_parameters()}
+    logs = learner.update(make_rollout())
+    assert all(torch.isfinite(value) and not value.requires_grad for value in logs.values())
+    for (net, name), old in before.items():
+        moved = not torch.equal(networks[net].get_parameter(name), old)
+        assert moved == (sharing == "kaleidoscope" or net == "critic" or not name.endswith("thresholds")), name
+
+
+def test_the_first_ratio_is_one(make_learner, make_rollout):
+    learner = make_learner(num_epochs=1, num_minibatches=1, output_gain=1.0)
+    logs = learner.update(make_rollout())
+    assert abs(logs["losses/approx_kl"]) < 1e-6 and logs["losses/clipfrac"] == 0
+    assert abs(logs["losses/policy"]) < 1e-4, "advantages are 0 on average, and so is the first surrogate"
+
+
+def test_an_actor_step_equals_the_equations(make_learner, make_rollout):
+    """One step on a whole rollout: loss, entropy bonus, diversity by the mean absolute surrogate, clipping, Adam."""
+    learner = make_learner(torch.float64, entropy_coef=0.1, max_grad_norm=0.01, actor_threshold_bias=1.0)
+    rollout = make_rollout(dtype=torch.float64)
+    batch, _ = learner.prepare(rollout)
+    actor, args = learner.actor, learner.args
+    log_prob = actor.log_prob(batch.obs, batch.actions, actor.effective_weights())
+    ratio = (log_prob - batch.log_prob).exp()
+    diversity = script.diversity_loss(actor, args.layer_weights)
+    scale = 0.1 * batch.advantages.abs().mean() / diversity.abs()  # the first ratio is 1
+    total = -(ratio * batch.advantages).mean() - 0.1 * actor.entropy() + scale.detach() * diversity
+    names, parameters = zip(*actor.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(total, parameters)
+    norm = torch.sqrt(sum(gradient.square().sum() for gradient in gradients))
+    assert norm > 0.01
+    expected = {}
+    for name, parameter, gradient in zip(names, parameters, gradients, strict=True):
+        gradient = gradient * 0.01 / (norm + 1e-6)
+        threshold = name.endswith("thresholds")
+        lr, eps = (args.threshold_lr, args.threshold_eps) if threshold else (args.lr, 1e-5)
+        expected[name] = parameter.detach() - lr * gradient / (gradient.abs() + eps)  # Adam's first step
+    learner.update_actor(batch, torch.arange(24))
+    for name, parameter in actor.named_parameters():
+        torch.testing.assert_close(parameter.detach(), expected[name], rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_learning_rates_scale_from_their_first_values(make_learner):
+    learner = make_learner()
+    for factor in (0.5, 0.25):
+        learner.scale_learning_rates(factor)
+        groups = learner.actor_optimizer.param_groups + learner.critic_optimizer.param_groups
+        rates = [group["lr"] for group in groups]
+        assert rates == [1e-3 * factor, 0.05 * factor] * 2
