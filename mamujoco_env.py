@@ -134,9 +134,8 @@ def build_ant(segments):
             body = body.add_body(name=f"torso_{i}", pos=[-1, 0, 0])
             _capsule(body, start=(1, 0, 0), end=(0, 0, 0), radius=0.1, density=100, **skin)
         for leg, side in ((1, 1), (2, -1)):
-            x = 0.2 if i == 0 else -0.2
+            x, bend = (0.2, [30, 70]) if i == 0 else (-0.2, [-70, -30])
             hip_at = (x if i == 0 else 0, 0.2 * side, 0)
-            bend = [30, 70] if i == 0 else [-70, -30]
             thigh = body.add_body(name=f"leg{leg}_{i}")
             _capsule(thigh, end=hip_at, radius=0.08, density=5, **skin)
             shin = thigh.add_body(name=f"aux{leg}_{i}", pos=hip_at)
@@ -144,8 +143,8 @@ def build_ant(segments):
             shin.add_joint(name=f"hip{leg}_{i}", axis=[0, 0, 1], range=[-30, 30], **joint)
             _capsule(shin, end=(x, 0.2 * side, 0), radius=0.08, density=5, **skin)
             foot = shin.add_body(name=f"foot{leg}_{i}", pos=[x, 0.2 * side, 0])
-            forward = -side if i == 0 else side
-            foot.add_joint(name=f"ankle{leg}_{i}", axis=[forward, 1, 0], range=bend, **joint)
+            axis = [-side if i == 0 else side, 1, 0]
+            foot.add_joint(name=f"ankle{leg}_{i}", axis=axis, range=bend, **joint)
             _capsule(foot, end=(2 * x, 0.4 * side, 0), radius=0.08, density=5, **skin)
             _motor(spec, f"hip{leg}_{i}")
             _motor(spec, f"ankle{leg}_{i}")
@@ -356,18 +355,16 @@ class Reacher(Task):
         goal = rng.uniform(-0.2, 0.2, 2)
         while np.linalg.norm(goal) >= 0.2:
             goal = rng.uniform(-0.2, 0.2, 2)
-        qpos[-2:] = goal
         qvel = rng.uniform(-0.005, 0.005, self.model.nv)
-        qvel[-2:] = 0
+        qpos[-2:], qvel[-2:] = goal, 0
         return qpos, qvel
 
 
 # ---- Who controls which joints: a text a partition, agents divided by "|", joints by spaces ----
-_HUMANOID_UPPER = "left_shoulder1 left_shoulder2 abdomen_x abdomen_y abdomen_z "
-_HUMANOID_UPPER += "right_shoulder1 right_shoulder2 right_elbow left_elbow"
-_HUMANOID_LEGS = "left_hip_x left_hip_y left_hip_z right_hip_x right_hip_y right_hip_z right_knee left_knee"
-_HUMANOID = {"9|8": f"{_HUMANOID_UPPER} | {_HUMANOID_LEGS}"}
-_HUMANOID["17x1"] = f"{_HUMANOID_UPPER} {_HUMANOID_LEGS}".replace(" ", " | ")
+_UPPER = "left_shoulder1 left_shoulder2 abdomen_x abdomen_y abdomen_z right_shoulder1 right_shoulder2"
+_UPPER += " right_elbow left_elbow"
+_LEGS = "left_hip_x left_hip_y left_hip_z right_hip_x right_hip_y right_hip_z right_knee left_knee"
+_HUMANOID = {"9|8": f"{_UPPER} | {_LEGS}", "17x1": f"{_UPPER} {_LEGS}".replace(" ", " | ")}
 _CHEETAH = "bthigh bshin bfoot fthigh fshin ffoot"
 PARTITIONS = {
     Ant: {
@@ -453,8 +450,7 @@ class MaMuJoCoVecEnv(VectorEnv):
 
     Attributes:
       num_agents: N
-      state_size: S
-      state: (E, S) float64, the current state
+      state_size: S; state: (E, S) float64, the current one
       single_action_space: Box (N, act): the controls' bounds; agents with fewer joints than the others are padded
         with actions that go nowhere, whose bounds are 0
     """
@@ -497,9 +493,9 @@ class MaMuJoCoVecEnv(VectorEnv):
         self.state_size = self.state.shape[1]
         self.single_action_space = Box(*bounds)
         self.action_space = Box(*np.repeat(bounds[:, None], num_envs, axis=1))
-        obs_shape = (self.num_agents, self.state_size + self.num_agents)
-        self.single_observation_space = Box(-np.inf, np.inf, obs_shape)
-        self.observation_space = Box(-np.inf, np.inf, (num_envs, *obs_shape))
+        obs_shape = (num_envs, self.num_agents, self.state_size + self.num_agents)
+        self.single_observation_space = Box(-np.inf, np.inf, obs_shape[1:])
+        self.observation_space = Box(-np.inf, np.inf, obs_shape)
 
     def _seed(self, seed):
         if not isinstance(seed, int | np.integer) or seed < 0:
@@ -585,16 +581,11 @@ class MaMuJoCoVecEnv(VectorEnv):
 
     def get_state(self):
         """All that the next steps depend on, randomness included, as arrays and plain values of its own."""
-        return {
-            "env_id": self.env_id,
-            "physics": self.batch.state.copy(),
-            "state": self.state.copy(),
-            "position": self._position.copy(),
-            "returns": self._returns.copy(),
-            "lengths": self._lengths.copy(),
-            "unstable": self._num_unstable,
-            "rngs": [rng.bit_generator.state for rng in self._rngs],
-        }
+        arrays = {"physics": self.batch.state, "state": self.state, "position": self._position}
+        arrays |= {"returns": self._returns, "lengths": self._lengths}
+        saved = {"env_id": self.env_id, "unstable": self._num_unstable}
+        saved["rngs"] = [rng.bit_generator.state for rng in self._rngs]
+        return saved | {name: array.copy() for name, array in arrays.items()}
 
     def set_state(self, saved):
         """Continue from what get_state returned. ValueError if that was of another env id or num_envs."""
