@@ -32,6 +32,8 @@ class Options:
     """what the reference is called in the picture"""
     tag: str = "charts/eval_return"
     """the metric to show"""
+    last: int = 0
+    """print also each run's mean of the metric over this many steps at its end"""
 
 
 def read_run(folder, tag):
@@ -49,10 +51,12 @@ def read_reference(path):
 
 def main():
     options = tyro.cli(Options)
-    curves, spreads = {}, {}
+    curves, spreads, experiments = {}, {}, {}
     for folder in sorted(options.runs):
-        env_id, _, seed, _ = folder.name.split("__")
-        name = f"{env_id}, seed {seed}"
+        _, exp_name, seed, _ = folder.name.split("__")
+        experiment = exp_name.removesuffix(f"_{seed}")
+        name = f"{experiment}, seed {seed}"
+        experiments[name] = experiment
         curves[name] = read_run(folder, options.tag)
         if options.tag == "charts/eval_return":
             spreads[name] = read_run(folder, "charts/eval_return_std")
@@ -71,17 +75,21 @@ def main():
     for row in table:
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
 
+    for name, curve in curves.items() if options.last else ():
+        tail = [value for step, value in curve.items() if step > max(curve) - options.last]
+        print(f"{name}: {sum(tail) / len(tail):.1f} over the last {options.last} steps")
+
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for name, curve in curves.items():
-        is_reference = options.reference is not None and name == options.reference_name
-        style = dict(color="black", linestyle="--") if is_reference else {}
+    colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(experiments.values()))}
+    for name, curve in curves.items():  # one colour an experiment, one line a run
+        experiment = experiments.get(name, name)
+        style = dict(color=colors[experiment]) if name in experiments else dict(color="black", linestyle="--")
+        seen = experiment in axes.get_legend_handles_labels()[1]
         x = sorted(curve)
-        y = [curve[step] for step in x]
-        (line,) = axes.plot(x, y, label=name, **style)
+        axes.plot(x, [curve[step] for step in x], label=None if seen else experiment, **style)
         if name in spreads:
-            low = [curve[step] - spreads[name][step] for step in x]
-            high = [curve[step] + spreads[name][step] for step in x]
-            axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+            low, high = ([curve[step] + sign * spreads[name][step] for step in x] for sign in (-1, 1))
+            axes.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
     axes.set_xlabel("environment steps")
     axes.set_ylabel(options.tag.rpartition("/")[2].replace("_", " "))
     axes.grid(alpha=0.3)
