@@ -207,8 +207,8 @@ class Task:
         """(E, S) float64, a new array."""
         state = np.concatenate(self.state_parts, axis=1)
         if self.velocity_limit < math.inf:
-            velocity = state[:, -self.model.nv :]
-            velocity.clip(-self.velocity_limit, self.velocity_limit, out=velocity)
+            velocity, limit = state[:, -self.model.nv :], self.velocity_limit
+            np.maximum(np.minimum(velocity, limit, out=velocity), -limit, out=velocity)
         return state
 
     def position(self):
@@ -284,10 +284,10 @@ class Hopper(Task):
         super().bind(batch)
         # a row of the batch begins with time, qpos and qvel (mjtState): all but x and height
         self.angles_and_velocities = batch.state[:, 3 : 1 + self.model.nq + self.model.nv]
+        self.limits = np.array([0.2] + [100.0] * (self.angles_and_velocities.shape[1] - 1))  # the first is the torso's
 
     def unhealthy(self):
-        small = (np.abs(self.angles_and_velocities) < 100).all(axis=1)
-        return ~(small & (self.qpos[:, 1] > 0.7) & (np.abs(self.qpos[:, 2]) < 0.2))
+        return ~((np.abs(self.angles_and_velocities) < self.limits).all(axis=1) & (self.qpos[:, 1] > 0.7))
 
 
 class Walker2d(Hopper):
@@ -504,7 +504,7 @@ class MaMuJoCoVecEnv(VectorEnv):
 
     def _start(self, ids):
         """Begin an episode in environments `ids`; return their states (len(ids), S)."""
-        self.batch.state[ids], self.batch.warning[ids] = self._blank, 0  # as mj_resetData
+        self.batch.state[ids] = self._blank  # as mj_resetData
         for i in ids:
             self.task.qpos[i], self.task.qvel[i] = self.task.sample(self._rngs[i])
         self.batch.forward(ids)
@@ -557,7 +557,7 @@ class MaMuJoCoVecEnv(VectorEnv):
         infos = {"final_state": state, "_final_obs": done, "unstable": self._num_unstable}
         if np.count_nonzero(done):
             infos |= {"episode": {"r": self._returns.copy(), "l": self._lengths.copy()}, "_episode": done}
-            ids = np.flatnonzero(done)
+            ids = done.nonzero()[0]
             started = self._start(ids)
             # one call for final and first observations: on few numbers, calls cost more than what they compute
             observations = agent_observations(np.concatenate([state, started]), self.num_agents, np.float32)
@@ -574,6 +574,7 @@ class MaMuJoCoVecEnv(VectorEnv):
         bad = self._unstable_warnings.any(axis=1) | (self.batch.status != 0)
         bad |= ~((np.abs(state) < HUGE).all(axis=1) & (np.abs(reward) < HUGE))  # NaN is not less
         state[bad], reward[bad], terminated[bad] = self.state[bad], 0.0, True
+        self.batch.warning[bad] = 0
         if not self._num_unstable and bad.any():
             which = np.flatnonzero(bad).tolist()
             warnings.warn(f"{self.env_id}: unstable simulation in environments {which}; episodes ended", stacklevel=3)
@@ -583,9 +584,9 @@ class MaMuJoCoVecEnv(VectorEnv):
         """All that the next steps depend on, randomness included, as arrays and plain values of its own."""
         arrays = {"physics": self.batch.state, "state": self.state, "position": self._position}
         arrays |= {"returns": self._returns, "lengths": self._lengths}
-        saved = {"env_id": self.env_id, "unstable": self._num_unstable}
+        saved = {name: array.copy() for name, array in arrays.items()}
         saved["rngs"] = [rng.bit_generator.state for rng in self._rngs]
-        return saved | {name: array.copy() for name, array in arrays.items()}
+        return saved | {"env_id": self.env_id, "unstable": self._num_unstable}
 
     def set_state(self, saved):
         """Continue from what get_state returned. ValueError if that was of another env id or num_envs."""
