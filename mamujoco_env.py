@@ -449,8 +449,7 @@ class MaMuJoCoVecEnv(VectorEnv):
     Raises ValueError for an unknown id or an impossible number, naming it.
 
     Attributes:
-      num_agents: N
-      state_size: S; state: (E, S) float64, the current one
+      num_agents: N; state_size: S; state: (E, S) float64, the current one
       single_action_space: Box (N, act): the controls' bounds; agents with fewer joints than the others are padded
         with actions that go nowhere, whose bounds are 0
     """
