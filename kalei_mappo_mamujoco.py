@@ -14,25 +14,19 @@ Letters in shapes: B batch, N agents, K critics, M masks (N for the actor, K for
 E environments, S numbers of state. Networks and losses take any leading dimensions, and a mask is one of them.
 """
 
-import contextlib
 import dataclasses
-import io
 import math
 import os
-import re
-import sys
 import time
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import tyro
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from mamujoco_env import MaMuJoCoVecEnv, agent_observations, parse_env_id, standardise
+import experiment
+from mamujoco_env import MaMuJoCoVecEnv, agent_observations, standardise
 
 
 @dataclasses.dataclass
@@ -153,6 +147,7 @@ TUNED = {
     "Humanoid-v2-17x1": (100, 5, 1, 0.1, 0.0, 5e-4, True),
 }
 UNTUNED = (200, 5, 1, 0.1, 0.0, 5e-4, False)  # for the other env ids
+UNMASKED = 1_000.0  # threshold bias that masks nothing: sigmoid(-1000) is 0
 
 
 # ---- Masked networks ----
@@ -161,21 +156,23 @@ class MaskedLinear(nn.Module):
 
     Mask k keeps the weights with |W| > sigmoid(s_k) and shrinks what it keeps, W_k = sign(W) relu(|W| - sigmoid(s_k)),
     so that gradients reach W and s_k: the paper's adaptive partial parameter sharing, by the soft-threshold
-    reparameterisation of Kusupati et al. 2020.
+    reparameterisation of Kusupati et al. 2020. With `own`, nothing is shared: every mask has a W and a bias of its own,
+    (M, out, in) and (M, 1, out).
     """
 
-    def __init__(self, num_masks, inputs, outputs, threshold_scale, threshold_bias):
+    def __init__(self, num_masks, inputs, outputs, threshold_scale, threshold_bias, own=False):
         super().__init__()
-        self.threshold_scale, self.threshold_bias = threshold_scale, threshold_bias
-        self.weight = nn.Parameter(torch.empty(outputs, inputs))
-        self.bias = nn.Parameter(torch.empty(outputs).uniform_(-(inputs**-0.5), inputs**-0.5))
+        self.threshold_scale, self.threshold_bias, self.own = threshold_scale, threshold_bias, own
+        self.weight = nn.Parameter(torch.empty((num_masks, outputs, inputs) if own else (outputs, inputs)))
+        self.bias = nn.Parameter(torch.empty((num_masks, 1, outputs) if own else outputs))
         self.thresholds = nn.Parameter(torch.empty(num_masks, outputs, inputs))
         with torch.no_grad():
+            self.bias.uniform_(-(inputs**-0.5), inputs**-0.5)
             self.weight.copy_(self.fresh_weight())
             self.thresholds.copy_(self.fresh_thresholds())
 
     def fresh_weight(self):
-        """(out, in), drawn as torch.nn.Linear draws it."""
+        """Like W, drawn as torch.nn.Linear draws it."""
         bound = self.weight.shape[-1] ** -0.5
         return torch.empty_like(self.weight).uniform_(-bound, bound)
 
@@ -183,10 +180,14 @@ class MaskedLinear(nn.Module):
         """(M, out, in), drawn as -(U[0, 1) * scale + bias)."""
         return -(torch.rand_like(self.thresholds) * self.threshold_scale + self.threshold_bias)
 
-    def effective_weight(self, masks=slice(None)):
-        """W as each of `masks` sees it: (len(masks), out, in), or (out, in) for one index."""
-        kept = torch.relu(self.weight.abs() - torch.sigmoid(self.thresholds[masks]))
-        return torch.sign(self.weight) * kept
+    def effective(self, masks=slice(None)):
+        """W and the bias as each of `masks` sees them: (len(masks), out, in) and what adds to (len(masks), B, out).
+
+        For one index instead of a slice: (out, in) and what adds to (B, out).
+        """
+        weight, bias = (self.weight[masks], self.bias[masks]) if self.own else (self.weight, self.bias)
+        kept = torch.relu(weight.abs() - torch.sigmoid(self.thresholds[masks]))
+        return torch.sign(weight) * kept, bias
 
     def masks(self):
         """(M, out, in) bool: what each mask keeps."""
@@ -194,22 +195,15 @@ class MaskedLinear(nn.Module):
 
 
 class OrthogonalLinear(MaskedLinear):
-    """A masked layer as PPO starts it: W orthogonal times `gain`, bias 0.
+    """A masked layer as PPO starts it: W (each of them, with `own`) orthogonal times `gain`, bias 0."""
 
-    With `own`, every mask has a weight and a bias of its own: W (M, out, in), bias (M, 1, out).
-    """
-
-    def __init__(self, num_masks, inputs, outputs, threshold_scale, threshold_bias, gain, own):
+    def __init__(self, num_masks, inputs, outputs, threshold_scale, threshold_bias, own, gain):
         self.gain = gain  # goes first, since the constructor draws W
-        super().__init__(num_masks, inputs, outputs, threshold_scale, threshold_bias)
-        self.bias = nn.Parameter(torch.zeros(num_masks, 1, outputs) if own else torch.zeros(outputs))
-        if own:
-            self.weight = nn.Parameter(torch.empty(num_masks, outputs, inputs))
-            with torch.no_grad():
-                self.weight.copy_(self.fresh_weight())
+        super().__init__(num_masks, inputs, outputs, threshold_scale, threshold_bias, own)
+        nn.init.zeros_(self.bias)
 
     def fresh_weight(self):
-        """(out, in) or (M, out, in): each matrix orthogonal, with entries of gain / sqrt(max(in, out)) in rms."""
+        """Like W, with entries of gain / sqrt(max(in, out)) in rms."""
         weight = torch.empty_like(self.weight)
         for matrix in weight.view(-1, *weight.shape[-2:]):
             nn.init.orthogonal_(matrix, self.gain)
@@ -235,15 +229,15 @@ class MaskedMLP(nn.Module):
 
     `sharing` says what the M masks' networks have in common:
       kaleidoscope   everything but the masks
-      full           everything: thresholds of -inf, which keep all of W as it is and never move
+      full           everything: the thresholds' sigmoids are 0, which keeps all of W as it is
       none           nothing: the same thresholds, and weights, biases and norms of their own
-    The effective weights are an argument of their own, since they often stay the same over many products.
+    The effective layers are an argument of their own, since they often stay the same over many products.
     """
 
     def __init__(self, num_masks, inputs, hidden, outputs, threshold_scale, threshold_bias, output_gain, sharing):
         super().__init__()
         own = sharing == "none"
-        bias = threshold_bias if sharing == "kaleidoscope" else math.inf
+        bias = threshold_bias if sharing == "kaleidoscope" else UNMASKED
         layers, norms = [], []
         for size in ((inputs, hidden), (hidden, hidden), (hidden, hidden), (hidden, outputs)):
             gain = output_gain if len(layers) == 3 else 2**0.5
@@ -251,17 +245,17 @@ class MaskedMLP(nn.Module):
             # the first layer's) gives all layers the same share of zeros: the last one starts 100 times smaller
             shift = math.log((gain / max(size) ** 0.5) / (2 / max(inputs, hidden)) ** 0.5)
             norms.append(Norm(num_masks, size[0], own))
-            layers.append(OrthogonalLinear(num_masks, *size, threshold_scale, bias - shift, gain, own))
+            layers.append(OrthogonalLinear(num_masks, *size, threshold_scale, bias - shift, own, gain))
         self.layers, self.norms = nn.ModuleList(layers), nn.ModuleList(norms)
 
-    def effective_weights(self, masks=slice(None)):
-        """The four layers' effective weights (M, out, in)."""
-        return [layer.effective_weight(masks) for layer in self.layers]
+    def effective_layers(self, masks=slice(None)):
+        """The four layers' effective weights (M, out, in), and biases."""
+        return [layer.effective(masks) for layer in self.layers]
 
-    def forward(self, x, weights):
-        """x (B, in) or (M, B, in) -> (M, B, out), through weights (M, out, in): one product a layer for all masks."""
-        for index, (norm, layer, weight) in enumerate(zip(self.norms, self.layers, weights, strict=True)):
-            x = norm(torch.relu(x) if index else x) @ weight.mT + layer.bias
+    def forward(self, x, layers):
+        """x (B, in) or (M, B, in) -> (M, B, out), through effective layers: one product a layer for all masks."""
+        for index, (norm, (weight, bias)) in enumerate(zip(self.norms, layers, strict=True)):
+            x = norm(torch.relu(x) if index else x) @ weight.mT + bias
         return x
 
     @torch.no_grad()
@@ -300,19 +294,19 @@ class Actor(MaskedMLP):
         """(act,) or (N, 1, act), at most 0.5."""
         return 0.5 * torch.sigmoid(self.log_std)
 
-    def act(self, obs, weights):
+    def act(self, obs, layers):
         """The best actions: obs (B, N, obs) -> (B, N, act), within the bounds."""
-        return torch.clamp(self(obs.transpose(-3, -2), weights).transpose(-3, -2), self.low, self.high)
+        return torch.clamp(self(obs.transpose(-3, -2), layers).transpose(-3, -2), self.low, self.high)
 
-    def sample(self, obs, weights):
+    def sample(self, obs, layers):
         """Random actions: obs (B, N, obs) -> (B, N, act), not clipped."""
-        mean = self(obs.transpose(-3, -2), weights)
+        mean = self(obs.transpose(-3, -2), layers)
         return (mean + torch.randn_like(mean) * self.std()).transpose(-3, -2)
 
-    def log_prob(self, obs, actions, weights):
+    def log_prob(self, obs, actions, layers):
         """Of all of an agent's actions together: obs (N, B, obs), actions (N, B, act) -> (N, B)."""
         std = self.std()
-        error = (actions - self(obs, weights)) / std
+        error = (actions - self(obs, layers)) / std
         densities = -0.5 * error.square() - torch.log(std) - 0.5 * math.log(2 * math.pi)
         return (densities * self.real).sum(-1)
 
@@ -544,7 +538,7 @@ class Learner:
         args, critic, shape = self.args, self.critic, rollout.reward.shape
         state = standardise(rollout.state).flatten(0, 1)
         both = torch.cat([state, standardise(rollout.next_state).flatten(0, 1)])
-        predictions = critic(both, critic.effective_weights()).squeeze(-1)  # (K, 2 B)
+        predictions = critic(both, critic.effective_layers()).squeeze(-1)  # (K, 2 B)
         combined = predictions.mean(0) if args.ensemble_value == "mean" else predictions.amin(0)
         values, next_values = critic.value_norm.denormalise(combined).view(2, *shape)
         ends = (rollout.terminated, rollout.truncated)
@@ -558,7 +552,7 @@ class Learner:
             state=state,
             obs=obs,
             actions=actions,
-            log_prob=self.actor.log_prob(obs, actions, self.actor.effective_weights()),
+            log_prob=self.actor.log_prob(obs, actions, self.actor.effective_layers()),
             advantages=((advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-5)).flatten(),
             values=predictions[:, : len(state)].contiguous(),
             returns=critic.value_norm.normalise(returns).flatten(),
@@ -575,7 +569,7 @@ class Learner:
     def update_actor(self, batch, rows):
         """One step of all agents' policies on `rows` (b,). Returns its losses as detached scalars on the device."""
         args = self.args
-        log_prob = self.actor.log_prob(batch.obs[:, rows], batch.actions[:, rows], self.actor.effective_weights())
+        log_prob = self.actor.log_prob(batch.obs[:, rows], batch.actions[:, rows], self.actor.effective_layers())
         log_ratio = log_prob - batch.log_prob[:, rows]  # (N, b)
         ratio = log_ratio.exp()  # the product over an agent's action dimensions
         surrogate = clipped_surrogate(ratio, batch.advantages[rows], args.clip)
@@ -601,7 +595,7 @@ class Learner:
     def update_critic(self, batch, rows):
         """One step of all members on `rows` (b,). Returns its losses as detached scalars on the device."""
         args = self.args
-        values = self.critic(batch.state[rows], self.critic.effective_weights()).squeeze(-1)  # (K, b)
+        values = self.critic(batch.state[rows], self.critic.effective_layers()).squeeze(-1)  # (K, b)
         old_values, returns = batch.values[:, rows], batch.returns[rows]
         losses = clipped_value_loss(values, old_values, returns, args.clip, args.huber_delta)
         loss = losses.mean(-1).sum(-1)
@@ -626,69 +620,10 @@ class Learner:
         return known | {name: torch.stack([log[name] for log in logs]).mean() for name in logs[0]}
 
 
-# ---- Evaluation, saving ----
-@torch.no_grad()
-def evaluate(actor, envs, seed):
-    """Run one episode in every environment with deterministic actions: returns (E,), lengths (E,).
-
-    Waiting for every environment's first episode, and for no other, counts long and short episodes alike.
-    """
-    weights = actor.effective_weights()
-    returns, lengths, finished = np.zeros(envs.num_envs), np.zeros(envs.num_envs), np.zeros(envs.num_envs, bool)
-    obs, _ = envs.reset(seed=seed)
-    while not finished.all():
-        actions = actor.act(torch.as_tensor(obs, device=actor.low.device), weights)
-        obs, _, _, _, infos = envs.step(actions.cpu().numpy())
-        if "episode" in infos:
-            first = infos["_episode"] & ~finished
-            returns[first], lengths[first] = infos["episode"]["r"][first], infos["episode"]["l"][first]
-            finished |= first
-    return returns, lengths
-
-
-def save_model(path, learner, global_step):
-    """Write actor, critic and arguments; a reader never sees half a file."""
-    model = {"actor": learner.actor.state_dict(), "critic": learner.critic.state_dict()}
-    model |= {"args": dataclasses.asdict(learner.args), "global_step": global_step}
-    torch.save(model, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
-
-
-def load_actor(path, env_id, device):
-    """The actor of a file that save_model wrote and the arguments it was trained with: (Actor, Args)."""
-    try:
-        model = torch.load(path, map_location=device, weights_only=True)
-        args, state = Args(**model["args"]), model["actor"]
-        actor = Actor(state["layers.0.weight"].shape[-1], state["low"].cpu().numpy(), state["high"].cpu().numpy(), args)
-        actor.load_state_dict(state)
-    except OSError as error:
-        fail(f"--evaluate {path}: {error.strerror or error}, expected a file that --save-model wrote")
-    except Exception as error:  # what a damaged or foreign file raises depends on where it breaks
-        reason = str(error).split("\n")[0]
-        fail(f"--evaluate {path}: not a model that --save-model wrote ({type(error).__name__}: {reason})")
-    if env_id not in (Args.env_id, args.env_id):
-        fail(f"--env-id {env_id}: the model in {path} was trained on {args.env_id}")
-    return actor.to(device), args
-
-
 # ---- Command line ----
-def fail(message):
-    """End with one line on stderr and exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
 def parse_args(argv=None):
     """The checked arguments, tuned values filled in. Bad ones end in one line on stderr and exit code 2."""
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            args = tyro.cli(Args, args=argv)
-    except SystemExit as stop:
-        if stop.code:  # take tyro's message out of its box, and leave out the box's title and rules
-            lines = re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯]", "", complaint.getvalue()).splitlines()
-            fail(" ".join(" ".join(line for line in lines if "──" not in line and "─ " not in line).split()))
-        raise
+    args = experiment.read_command_line(Args, argv)
     for name, tuned in zip(TUNED_FLAGS, TUNED.get(args.env_id, UNTUNED), strict=True):
         if getattr(args, name) is None:
             setattr(args, name, tuned)
@@ -699,74 +634,26 @@ def parse_args(argv=None):
 
 def check_args(args):
     """Refuse what cannot work, before anything is made."""
-
-    def require(names, condition, expected):
-        for name in names.split():
-            value = getattr(args, name)
-            if not condition(value):
-                fail(f"--{name.replace('_', '-')} is {value}, expected {expected}")
-
-    counts = "num_envs episode_limit rollout_steps num_epochs num_minibatches total_timesteps"
-    require(counts, lambda x: x >= 1, "at least 1")
-    require("hidden_size num_critics history_length log_interval", lambda x: x >= 1, "at least 1")
-    require("num_threads eval_interval eval_episodes", lambda x: x >= 0, "at least 0")
-    if args.evaluate is not None:
-        require("eval_episodes", lambda x: x >= 1, "at least 1 with --evaluate")
-    require("actor_reset_interval critic_reset_interval", lambda x: x >= 0, "at least 0")
-    require("gamma gae_lambda actor_reset_ratio", lambda x: 0 <= x <= 1, "a number from 0 to 1")
-    require("value_norm_beta", lambda x: 0 <= x < 1, "a number from 0 to less than 1")
-    scales = "actor_threshold_scale critic_threshold_scale actor_diversity_coef critic_diversity_coef"
-    require(f"{scales} lr threshold_lr entropy_coef", lambda x: 0 <= x < math.inf, "a finite number of at least 0")
+    experiment.check_common_args(args)
+    experiment.require_count(args, "rollout_steps num_epochs num_minibatches")
+    experiment.require_share(args, "gae_lambda")
+    experiment.require(args, "value_norm_beta", lambda x: 0 <= x < 1, "a number from 0 to less than 1")
+    experiment.require_size(args, "lr threshold_lr entropy_coef")
     positive = "clip huber_delta max_grad_norm output_gain threshold_eps"
-    require(positive, lambda x: 0 < x < math.inf, "a finite number above 0")
-    require("actor_threshold_bias critic_threshold_bias", math.isfinite, "a finite number")
-    require("layer_weights", lambda x: all(0 <= w < math.inf for w in x), "finite numbers of at least 0")
-    require("seed", lambda x: 0 <= x < 2**63, "an integer from 0 to 2^63 - 1")
-    require("exp_name", lambda x: re.fullmatch(r"[\w.+-]+", x), "letters, digits and any of _ . + -")
+    experiment.require(args, positive, lambda x: 0 < x < math.inf, "a finite number above 0")
     rows = args.rollout_steps * args.num_envs
-    require("num_minibatches", lambda x: x <= rows, f"at most the {rows} steps of a rollout")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device is cuda, expected cpu or auto: PyTorch finds no CUDA device here")
-    try:
-        parse_env_id(args.env_id)
-    except ValueError as error:
-        fail(f"--env-id: {error}")
-
-
-def make_run_folder(args):
-    """Make and return runs/{env_id}__{exp_name}__{seed}__{time}, a new folder."""
-    now = int(time.time())
-    while True:
-        name = f"{args.env_id.replace('|', '_')}__{args.exp_name}__{args.seed}__{now}"
-        try:
-            os.makedirs(os.path.join("runs", name))
-            return os.path.join("runs", name)
-        except FileExistsError as error:
-            if not os.path.isdir("runs"):
-                fail(f"runs: {error.strerror}, expected a folder to write to")
-            now += 1  # another run started in this second
-        except OSError as error:
-            fail(f"{error.filename}: {error.strerror}, expected a folder to write to")
+    experiment.require(args, "num_minibatches", lambda x: x <= rows, f"at most the {rows} steps of a rollout")
 
 
 def main():
     args = parse_args()
-    device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    eval_seed = args.seed + 1_000_000  # episodes of evaluation start from states of their own
-
+    device = experiment.choose_device(args)
     if args.evaluate is not None:
-        actor, trained = load_actor(args.evaluate, args.env_id, device)
-        limit, threads = trained.episode_limit, args.num_threads
-        eval_envs = MaMuJoCoVecEnv(trained.env_id, args.eval_episodes, eval_seed, threads, limit)
-        returns, lengths = evaluate(actor, eval_envs, eval_seed)
-        result = f"return {returns.mean():.1f} +- {returns.std():.1f} (std), length {lengths.mean():.0f}"
-        print(f"{trained.env_id}: {result}, {len(returns)} episodes")
+        experiment.evaluate_file(args, device, Actor)
         return
 
-    run_folder = make_run_folder(args)
-    writer = SummaryWriter(run_folder)
-    rows = "\n".join(f"|{name}|{value}|" for name, value in dataclasses.asdict(args).items())
-    writer.add_text("hyperparameters", f"|name|value|\n|-|-|\n{rows}")
+    run_folder = experiment.make_run_folder(args)
+    writer = experiment.open_log(run_folder, args)
     tuned = ", ".join(f"{name} {getattr(args, name)}" for name in TUNED_FLAGS)
     print(f"{run_folder} on {device}: sharing {args.sharing}, {tuned}")
     torch.manual_seed(args.seed)
@@ -777,8 +664,7 @@ def main():
     actor = learner.actor
     rollout = Rollout(args.rollout_steps, args.num_envs, envs.state_size, space.shape, device)
     if args.eval_episodes:
-        limit, threads = args.episode_limit, args.num_threads
-        eval_envs = MaMuJoCoVecEnv(args.env_id, args.eval_episodes, eval_seed, threads, limit)
+        eval_envs, eval_seed = experiment.make_eval_envs(args, args.num_threads)
 
     num_threads = torch.get_num_threads()
     global_step = num_updates = 0
@@ -796,10 +682,10 @@ def main():
         # threads of PyTorch spin on cores that the physics could use
         torch.set_num_threads(1)
         with torch.no_grad():
-            weights = actor.effective_weights()
+            layers = actor.effective_layers()
         for step in range(args.rollout_steps):
             with torch.no_grad():
-                actions = actor.sample(torch.as_tensor(obs, device=device), weights)
+                actions = actor.sample(torch.as_tensor(obs, device=device), layers)
                 clipped = torch.clamp(actions, actor.low, actor.high)
             obs, reward, terminated, truncated, infos = envs.step(clipped.cpu().numpy())
             outcome = dict(reward=reward, next_state=infos["final_state"], terminated=terminated, truncated=truncated)
@@ -844,12 +730,12 @@ def main():
         # evaluate, save
         finished = global_step >= args.total_timesteps
         if args.eval_episodes and (finished or reached(args.eval_interval, previous_step, global_step)):
-            returns, lengths = evaluate(actor, eval_envs, eval_seed)
+            returns, lengths = experiment.evaluate(actor, eval_envs, eval_seed)
             for name, value in (("return", returns.mean()), ("return_std", returns.std()), ("length", lengths.mean())):
                 writer.add_scalar(f"charts/eval_{name}", value, global_step)
             status["eval"] = f"{returns.mean():.1f}+-{returns.std():.1f}"
         if args.save_model and (finished or reached(args.eval_interval, previous_step, global_step)):
-            save_model(os.path.join(run_folder, "model.pt"), learner, global_step)
+            experiment.save_model(os.path.join(run_folder, "model.pt"), learner, global_step)
         progress.set_postfix(status, refresh=False)
         progress.update(global_step - previous_step)
 

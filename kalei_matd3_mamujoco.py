@@ -13,25 +13,18 @@ Letters in shapes: B batch, N agents, K critics, M masks (N for the actor, K for
 S numbers of state. Networks and losses take any leading dimensions, and a mask is one of them.
 """
 
-import contextlib
 import copy
 import dataclasses
-import io
-import math
 import os
-import re
-import sys
 import time
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn as nn
-import tyro
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from mamujoco_env import MaMuJoCoVecEnv, agent_observations, parse_env_id, standardise
+import experiment
+from mamujoco_env import MaMuJoCoVecEnv, agent_observations, standardise
 
 
 @dataclasses.dataclass
@@ -69,6 +62,8 @@ class Args:
     """steps after which an episode is cut; a cut is not a termination"""
 
     # MATD3
+    sharing: Literal["kaleidoscope", "full", "none"] = "kaleidoscope"
+    """what the agents' policies share: weights under masks, one network without masks, or nothing"""
     buffer_size: int = 1_000_000
     """transitions that the replay buffer holds"""
     batch_size: int = 1_000
@@ -143,6 +138,7 @@ TUNED = {
     "manyagent_swimmer-10x2": (10, 2),
 }
 UNTUNED = (10, 2)  # for the other env ids
+UNMASKED = 1_000.0  # threshold bias that masks nothing: sigmoid(-1000) is 0
 
 
 # ---- Masked networks ----
@@ -151,21 +147,23 @@ class MaskedLinear(nn.Module):
 
     Mask k keeps the weights with |W| > sigmoid(s_k) and shrinks what it keeps, W_k = sign(W) relu(|W| - sigmoid(s_k)),
     so that gradients reach W and s_k: the paper's adaptive partial parameter sharing, by the soft-threshold
-    reparameterisation of Kusupati et al. 2020.
+    reparameterisation of Kusupati et al. 2020. With `own`, nothing is shared: every mask has a W and a bias of its own,
+    (M, out, in) and (M, 1, out).
     """
 
-    def __init__(self, num_masks, inputs, outputs, threshold_scale, threshold_bias):
+    def __init__(self, num_masks, inputs, outputs, threshold_scale, threshold_bias, own=False):
         super().__init__()
-        self.threshold_scale, self.threshold_bias = threshold_scale, threshold_bias
-        self.weight = nn.Parameter(torch.empty(outputs, inputs))
-        self.bias = nn.Parameter(torch.empty(outputs).uniform_(-(inputs**-0.5), inputs**-0.5))
+        self.threshold_scale, self.threshold_bias, self.own = threshold_scale, threshold_bias, own
+        self.weight = nn.Parameter(torch.empty((num_masks, outputs, inputs) if own else (outputs, inputs)))
+        self.bias = nn.Parameter(torch.empty((num_masks, 1, outputs) if own else outputs))
         self.thresholds = nn.Parameter(torch.empty(num_masks, outputs, inputs))
         with torch.no_grad():
+            self.bias.uniform_(-(inputs**-0.5), inputs**-0.5)
             self.weight.copy_(self.fresh_weight())
             self.thresholds.copy_(self.fresh_thresholds())
 
     def fresh_weight(self):
-        """(out, in), drawn as torch.nn.Linear draws it."""
+        """Like W, drawn as torch.nn.Linear draws it."""
         bound = self.weight.shape[-1] ** -0.5
         return torch.empty_like(self.weight).uniform_(-bound, bound)
 
@@ -173,10 +171,14 @@ class MaskedLinear(nn.Module):
         """(M, out, in), drawn as -(U[0, 1) * scale + bias)."""
         return -(torch.rand_like(self.thresholds) * self.threshold_scale + self.threshold_bias)
 
-    def effective_weight(self, masks=slice(None)):
-        """W as each of `masks` sees it: (len(masks), out, in), or (out, in) for one index."""
-        kept = torch.relu(self.weight.abs() - torch.sigmoid(self.thresholds[masks]))
-        return torch.sign(self.weight) * kept
+    def effective(self, masks=slice(None)):
+        """W and the bias as each of `masks` sees them: (len(masks), out, in) and what adds to (len(masks), B, out).
+
+        For one index instead of a slice: (out, in) and what adds to (B, out).
+        """
+        weight, bias = (self.weight[masks], self.bias[masks]) if self.own else (self.weight, self.bias)
+        kept = torch.relu(weight.abs() - torch.sigmoid(self.thresholds[masks]))
+        return torch.sign(weight) * kept, bias
 
     def masks(self):
         """(M, out, in) bool: what each mask keeps."""
@@ -186,27 +188,34 @@ class MaskedLinear(nn.Module):
 class MaskedMLP(nn.Module):
     """Three masked layers with ReLU between them, and with `layer_norm` a LayerNorm, shared by the masks, before it.
 
-    The effective weights are an argument of their own, since they often stay the same over many products.
+    `sharing` says what the M masks' networks have in common:
+      kaleidoscope   everything but the masks
+      full           everything: the thresholds' sigmoids are 0, which keeps all of W as it is
+      none           nothing: the same thresholds, and a W and a bias of their own
+    The effective layers are an argument of their own, since they often stay the same over many products.
     """
 
-    def __init__(self, num_masks, inputs, hidden, outputs, threshold_scale, threshold_bias, layer_norm):
+    def __init__(self, num_masks, inputs, hidden, outputs, threshold_scale, threshold_bias, layer_norm, sharing):
         super().__init__()
         sizes = [(inputs, hidden), (hidden, hidden), (hidden, outputs)]
-        self.layers = nn.ModuleList(MaskedLinear(num_masks, *size, threshold_scale, threshold_bias) for size in sizes)
+        thresholds = (threshold_scale, threshold_bias if sharing == "kaleidoscope" else UNMASKED)
+        layers = [MaskedLinear(num_masks, *size, *thresholds, own=sharing == "none") for size in sizes]
+        self.layers = nn.ModuleList(layers)
         self.norms = nn.ModuleList(nn.LayerNorm(hidden) if layer_norm else nn.Identity() for _ in range(2))
 
-    def effective_weights(self, masks=slice(None)):
-        """The three layers' effective weights (M, out, in), or (out, in) if `masks` is one index."""
-        return [layer.effective_weight(masks) for layer in self.layers]
+    def effective_layers(self, masks=slice(None)):
+        """The three layers' effective weights (M, out, in), or (out, in) if `masks` is one index, and biases."""
+        return [layer.effective(masks) for layer in self.layers]
 
-    def forward(self, x, weights):
-        """x (B, in) or (M, B, in) -> (M, B, out), through weights (M, out, in): one product a layer for all masks."""
-        return self.after_first(x @ weights[0].mT + self.layers[0].bias, weights)
+    def forward(self, x, layers):
+        """x (B, in) or (M, B, in) -> (M, B, out), through effective layers: one product a layer for all masks."""
+        weight, bias = layers[0]
+        return self.after_first(x @ weight.mT + bias, layers)
 
-    def after_first(self, x, weights):
+    def after_first(self, x, layers):
         """The same from the first layer's output (M, B, hidden) on."""
-        for norm, layer, weight in zip(self.norms, self.layers[1:], weights[1:], strict=True):
-            x = torch.relu(norm(x)) @ weight.mT + layer.bias
+        for norm, (weight, bias) in zip(self.norms, layers[1:], strict=True):
+            x = torch.relu(norm(x)) @ weight.mT + bias
         return x
 
     @torch.no_grad()
@@ -230,17 +239,18 @@ class Actor(MaskedMLP):
 
     def __init__(self, observation_size, low, high, args):
         scale, bias = args.actor_threshold_scale, args.actor_threshold_bias
-        super().__init__(len(low), observation_size, args.hidden_size, low.shape[1], scale, bias, layer_norm=False)
+        sizes, sharing = (observation_size, args.hidden_size, low.shape[1]), args.sharing
+        super().__init__(len(low), *sizes, scale, bias, layer_norm=False, sharing=sharing)
         for name, value in (("low", low), ("high", high), ("centre", (high + low) / 2), ("scale", (high - low) / 2)):
             self.register_buffer(name, torch.as_tensor(value))
 
-    def act(self, obs, weights):
+    def act(self, obs, layers):
         """All agents: obs (B, N, obs) -> actions (B, N, act)."""
-        return torch.tanh(self(obs.transpose(-3, -2), weights)).transpose(-3, -2) * self.scale + self.centre
+        return torch.tanh(self(obs.transpose(-3, -2), layers)).transpose(-3, -2) * self.scale + self.centre
 
     def act_alone(self, obs, agent):
         """One agent: its obs (B, obs) -> its actions (B, act)."""
-        actions = torch.tanh(self(obs, self.effective_weights(agent)))
+        actions = torch.tanh(self(obs, self.effective_layers(agent)))
         return actions * self.scale[agent] + self.centre[agent]
 
 
@@ -249,7 +259,8 @@ class Critic(MaskedMLP):
 
     def __init__(self, inputs, args):
         scale, bias = args.critic_threshold_scale, args.critic_threshold_bias
-        super().__init__(args.num_critics, inputs, args.hidden_size, 1, scale, bias, layer_norm=True)
+        sizes = (inputs, args.hidden_size, 1)
+        super().__init__(args.num_critics, *sizes, scale, bias, layer_norm=True, sharing="kaleidoscope")
 
 
 # ---- Mask diversity ----
@@ -452,15 +463,15 @@ class Learner:
             actor = self.target_actor
             noise = torch.randn_like(batch.actions).mul_(args.target_noise)
             noise = noise.clamp_(-args.target_noise_clip, args.target_noise_clip) * actor.scale
-            next_actions = actor.act(batch.next_obs, actor.effective_weights()) + noise
+            next_actions = actor.act(batch.next_obs, actor.effective_layers()) + noise
             next_actions = torch.clamp(next_actions, actor.low, actor.high)
             next_input = torch.cat([batch.next_state, next_actions.flatten(-2)], -1)
-            next_values = self.target_critic(next_input, self.target_critic.effective_weights()).squeeze(-1)  # (K, B)
+            next_values = self.target_critic(next_input, self.target_critic.effective_layers()).squeeze(-1)  # (K, B)
             bootstrap = batch.discount * ~batch.terminated
             target = batch.reward + bootstrap * next_values.amin(-2)  # (B,): the lowest of the members, as TD3's
 
         critic_input = torch.cat([batch.state, batch.actions.flatten(-2)], -1)
-        values = self.critic(critic_input, self.critic.effective_weights()).squeeze(-1)  # (K, B)
+        values = self.critic(critic_input, self.critic.effective_layers()).squeeze(-1)  # (K, B)
         loss = (values - target).square().mean(-1).sum(-1)
         diversity = diversity_loss(self.critic, args.layer_weights, args.weighted_diversity)
         coefficient = self.critic_coefficient(loss, diversity)
@@ -484,23 +495,28 @@ class Learner:
         """
         args, act = self.args, self.act_size
         with torch.no_grad():  # the critic stays the same for all agents, and so does most of its first layer
-            critic_weights = self.critic.effective_weights()
+            critic_layers = self.critic.effective_layers()
+            weight, bias = critic_layers[0]
             joint_actions = batch.actions.flatten(-2)
-            first = torch.cat([batch.state, joint_actions], -1) @ critic_weights[0].mT + self.critic.layers[0].bias
-            action_columns = critic_weights[0][..., batch.state.shape[-1] :].mT.contiguous()  # (K, N act, hidden)
+            first = torch.cat([batch.state, joint_actions], -1) @ weight.mT + bias
+            action_columns = weight[..., batch.state.shape[-1] :].mT.contiguous()  # (K, N act, hidden)
         logs = []
         for agent in range(self.num_agents):
             own = slice(agent * act, (agent + 1) * act)
             actions = self.actor.act_alone(batch.obs[..., agent, :], agent)
             change = (actions - joint_actions[..., own]).expand(args.num_critics, -1, -1)
             hidden = torch.baddbmm(first, change, action_columns[:, own])  # (K, B, hidden)
-            loss = -self.critic.after_first(hidden, critic_weights).mean()
-            diversity = diversity_loss(self.actor, args.layer_weights, args.weighted_diversity)
+            loss = -self.critic.after_first(hidden, critic_layers).mean()
+            diversity = torch.zeros_like(loss)  # without masks
+            if args.sharing == "kaleidoscope":
+                diversity = diversity_loss(self.actor, args.layer_weights, args.weighted_diversity)
             coefficient = self.actor_coefficient(loss, diversity)
             total = loss + coefficient * diversity
-            self.actor_optimizer.zero_grad()
             total.backward(inputs=self.actor_parameters)  # leaves the critic's gradients alone
-            self.actor_optimizer.step()
+            # gradients towards networks of their own do not meet: one step at the end is one for each agent
+            if args.sharing != "none" or agent == self.num_agents - 1:
+                self.actor_optimizer.step()
+                self.actor_optimizer.zero_grad()
             logs.append(torch.stack([loss.detach(), diversity.detach(), coefficient]))
         loss, diversity, coefficient = torch.stack(logs).mean(0)
         return {"losses/actor": loss, "losses/actor_diversity": diversity, "coefficients/actor": coefficient}
@@ -523,69 +539,10 @@ class Learner:
         return logs
 
 
-# ---- Evaluation, saving ----
-@torch.no_grad()
-def evaluate(actor, envs, seed):
-    """Run one episode in every environment with deterministic actions: returns (E,), lengths (E,).
-
-    Waiting for every environment's first episode, and for no other, counts long and short episodes alike.
-    """
-    weights = actor.effective_weights()
-    returns, lengths, finished = np.zeros(envs.num_envs), np.zeros(envs.num_envs), np.zeros(envs.num_envs, bool)
-    obs, _ = envs.reset(seed=seed)
-    while not finished.all():
-        actions = actor.act(torch.as_tensor(obs, device=actor.scale.device), weights)
-        obs, _, _, _, infos = envs.step(actions.cpu().numpy())
-        if "episode" in infos:
-            first = infos["_episode"] & ~finished
-            returns[first], lengths[first] = infos["episode"]["r"][first], infos["episode"]["l"][first]
-            finished |= first
-    return returns, lengths
-
-
-def save_model(path, learner, global_step):
-    """Write actor, critic and arguments; a reader never sees half a file."""
-    model = {"actor": learner.actor.state_dict(), "critic": learner.critic.state_dict()}
-    model |= {"args": dataclasses.asdict(learner.args), "global_step": global_step}
-    torch.save(model, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
-
-
-def load_actor(path, env_id, device):
-    """The actor of a file that save_model wrote and the arguments it was trained with: (Actor, Args)."""
-    try:
-        model = torch.load(path, map_location=device, weights_only=True)
-        args, state = Args(**model["args"]), model["actor"]
-        actor = Actor(state["layers.0.weight"].shape[1], state["low"].cpu().numpy(), state["high"].cpu().numpy(), args)
-        actor.load_state_dict(state)
-    except OSError as error:
-        fail(f"--evaluate {path}: {error.strerror or error}, expected a file that --save-model wrote")
-    except Exception as error:  # what a damaged or foreign file raises depends on where it breaks
-        reason = str(error).split("\n")[0]
-        fail(f"--evaluate {path}: not a model that --save-model wrote ({type(error).__name__}: {reason})")
-    if env_id not in (Args.env_id, args.env_id):
-        fail(f"--env-id {env_id}: the model in {path} was trained on {args.env_id}")
-    return actor.to(device), args
-
-
 # ---- Command line ----
-def fail(message):
-    """End with one line on stderr and exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
 def parse_args(argv=None):
     """The checked arguments, tuned values filled in. Bad ones end in one line on stderr and exit code 2."""
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            args = tyro.cli(Args, args=argv)
-    except SystemExit as stop:
-        if stop.code:  # take tyro's message out of its box, and leave out the box's title and rules
-            lines = re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯]", "", complaint.getvalue()).splitlines()
-            fail(" ".join(" ".join(line for line in lines if "──" not in line and "─ " not in line).split()))
-        raise
+    args = experiment.read_command_line(Args, argv)
     for name, tuned in zip(("n_step", "policy_freq"), TUNED.get(args.env_id, UNTUNED), strict=True):
         if getattr(args, name) is None:
             setattr(args, name, tuned)
@@ -595,76 +552,28 @@ def parse_args(argv=None):
 
 def check_args(args):
     """Refuse what cannot work, before anything is made."""
-
-    def require(names, condition, expected):
-        for name in names.split():
-            value = getattr(args, name)
-            if not condition(value):
-                fail(f"--{name.replace('_', '-')} is {value}, expected {expected}")
-
-    counts = "num_envs episode_limit buffer_size batch_size train_interval updates_per_round policy_freq n_step"
-    require(counts, lambda x: x >= 1, "at least 1")
-    require("hidden_size num_critics history_length log_interval", lambda x: x >= 1, "at least 1")
-    require("num_threads eval_interval eval_episodes", lambda x: x >= 0, "at least 0")
-    if args.evaluate is not None:
-        require("eval_episodes", lambda x: x >= 1, "at least 1 with --evaluate")
-    require("actor_reset_interval critic_reset_interval", lambda x: x >= 0, "at least 0")
-    require("gamma polyak actor_reset_ratio", lambda x: 0 <= x <= 1, "a number from 0 to 1")
-    scales = "actor_threshold_scale critic_threshold_scale actor_diversity_coef critic_diversity_coef"
-    noises = "exploration_noise target_noise target_noise_clip actor_lr critic_lr"
-    require(f"{scales} {noises}", lambda x: 0 <= x < math.inf, "a finite number of at least 0")
-    require("actor_threshold_bias critic_threshold_bias", math.isfinite, "a finite number")
-    require("layer_weights", lambda x: all(0 <= w < math.inf for w in x), "finite numbers of at least 0")
-    require("seed", lambda x: 0 <= x < 2**63, "an integer from 0 to 2^63 - 1")
-    require("exp_name", lambda x: re.fullmatch(r"[\w.+-]+", x), "letters, digits and any of _ . + -")
-    require("buffer_size", lambda x: x >= args.num_envs, f"at least --num-envs {args.num_envs}")
-    require("total_timesteps", lambda x: x > args.warmup_steps, f"more than --warmup-steps {args.warmup_steps}")
-    available = min(args.warmup_steps, args.buffer_size)
+    experiment.check_common_args(args)
+    experiment.require_count(args, "buffer_size batch_size train_interval updates_per_round policy_freq n_step")
+    experiment.require_share(args, "polyak")
+    experiment.require_size(args, "exploration_noise target_noise target_noise_clip actor_lr critic_lr")
+    experiment.require(args, "buffer_size", lambda x: x >= args.num_envs, f"at least --num-envs {args.num_envs}")
+    warmup = args.warmup_steps
+    experiment.require(args, "total_timesteps", lambda x: x > warmup, f"more than --warmup-steps {warmup}")
+    available = min(warmup, args.buffer_size)
     expected = f"at most the {available} transitions that the buffer holds after the warm-up"
-    require("batch_size", lambda x: x <= available, expected)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device is cuda, expected cpu or auto: PyTorch finds no CUDA device here")
-    try:
-        parse_env_id(args.env_id)
-    except ValueError as error:
-        fail(f"--env-id: {error}")
-
-
-def make_run_folder(args):
-    """Make and return runs/{env_id}__{exp_name}__{seed}__{time}, a new folder."""
-    now = int(time.time())
-    while True:
-        name = f"{args.env_id.replace('|', '_')}__{args.exp_name}__{args.seed}__{now}"
-        try:
-            os.makedirs(os.path.join("runs", name))
-            return os.path.join("runs", name)
-        except FileExistsError as error:
-            if not os.path.isdir("runs"):
-                fail(f"runs: {error.strerror}, expected a folder to write to")
-            now += 1  # another run started in this second
-        except OSError as error:
-            fail(f"{error.filename}: {error.strerror}, expected a folder to write to")
+    experiment.require(args, "batch_size", lambda x: x <= available, expected)
 
 
 def main():
     args = parse_args()
-    device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    eval_seed = args.seed + 1_000_000  # episodes of evaluation start from states of their own
-
+    device = experiment.choose_device(args)
     if args.evaluate is not None:
-        actor, trained = load_actor(args.evaluate, args.env_id, device)
-        limit, threads = trained.episode_limit, args.num_threads
-        eval_envs = MaMuJoCoVecEnv(trained.env_id, args.eval_episodes, eval_seed, threads, limit)
-        returns, lengths = evaluate(actor, eval_envs, eval_seed)
-        result = f"return {returns.mean():.1f} +- {returns.std():.1f} (std), length {lengths.mean():.0f}"
-        print(f"{trained.env_id}: {result}, {len(returns)} episodes")
+        experiment.evaluate_file(args, device, Actor)
         return
 
-    run_folder = make_run_folder(args)
-    writer = SummaryWriter(run_folder)
-    rows = "\n".join(f"|{name}|{value}|" for name, value in dataclasses.asdict(args).items())
-    writer.add_text("hyperparameters", f"|name|value|\n|-|-|\n{rows}")
-    print(f"{run_folder} on {device}: n_step {args.n_step}, policy_freq {args.policy_freq}")
+    run_folder = experiment.make_run_folder(args)
+    writer = experiment.open_log(run_folder, args)
+    print(f"{run_folder} on {device}: sharing {args.sharing}, n_step {args.n_step}, policy_freq {args.policy_freq}")
     torch.manual_seed(args.seed)
 
     envs = MaMuJoCoVecEnv(args.env_id, args.num_envs, args.seed, args.num_threads, args.episode_limit)
@@ -674,8 +583,7 @@ def main():
     buffer_rows = -(-min(args.buffer_size, args.total_timesteps) // args.num_envs)
     replay = Replay(buffer_rows, args.num_envs, envs.state_size, space.shape, args.n_step, args.gamma, device)
     if args.eval_episodes:
-        limit, threads = args.episode_limit, args.num_threads
-        eval_envs = MaMuJoCoVecEnv(args.env_id, args.eval_episodes, eval_seed, threads, limit)
+        eval_envs, eval_seed = experiment.make_eval_envs(args, args.num_threads)
 
     global_step = num_updates = 0
     logs = {}
@@ -689,7 +597,7 @@ def main():
 
         # act: the weights stay the same for a whole round, and so do the effective ones
         with torch.no_grad():
-            weights = actor.effective_weights()
+            layers = actor.effective_layers()
         steps_left = -(-(args.total_timesteps - global_step) // args.num_envs)
         for _ in range(min(args.train_interval, steps_left)):
             with torch.no_grad():
@@ -697,7 +605,7 @@ def main():
                     uniform = torch.rand(args.num_envs, *space.shape, device=device)
                     actions = actor.low + (actor.high - actor.low) * uniform
                 else:
-                    actions = actor.act(torch.as_tensor(obs, device=device), weights)
+                    actions = actor.act(torch.as_tensor(obs, device=device), layers)
                     actions += torch.randn_like(actions) * actor.scale * args.exploration_noise
                     actions = torch.clamp(actions, actor.low, actor.high)
             actions = actions.cpu().numpy()
@@ -744,13 +652,13 @@ def main():
         # evaluate, save
         finished = global_step >= args.total_timesteps
         if args.eval_episodes and (finished or reached(args.eval_interval, previous_step, global_step)):
-            returns, lengths = evaluate(actor, eval_envs, eval_seed)
+            returns, lengths = experiment.evaluate(actor, eval_envs, eval_seed)
             writer.add_scalar("charts/eval_return", returns.mean(), global_step)
             writer.add_scalar("charts/eval_return_std", returns.std(), global_step)
             writer.add_scalar("charts/eval_length", lengths.mean(), global_step)
             status["eval"] = f"{returns.mean():.1f}+-{returns.std():.1f}"
         if args.save_model and (finished or reached(args.eval_interval, previous_step, global_step)):
-            save_model(os.path.join(run_folder, "model.pt"), learner, global_step)
+            experiment.save_model(os.path.join(run_folder, "model.pt"), learner, global_step)
         progress.set_postfix(status, refresh=False)
         progress.update(global_step - previous_step)
 

@@ -65,10 +65,10 @@ class Run:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         with torch.no_grad():
-            weights = actor.effective_weights()
+            layers = actor.effective_layers()
         for step in range(self.args.rollout_steps):
             with torch.no_grad():
-                actions = actor.sample(torch.as_tensor(self.obs, device=self.device), weights)
+                actions = actor.sample(torch.as_tensor(self.obs, device=self.device), layers)
                 clipped = torch.clamp(actions, actor.low, actor.high).cpu().numpy()
             stepped = time.perf_counter()
             self.obs, reward, terminated, truncated, infos = self.envs.step(clipped)

@@ -28,9 +28,9 @@ def forward(network, x, k):
     for index, layer in enumerate(network.layers):
         if index > 0:
             x = torch.relu(network.norms[index - 1](x))
+        weight, bias = (layer.weight[k], layer.bias[k, 0]) if layer.own else (layer.weight, layer.bias)
         threshold = torch.sigmoid(layer.thresholds[k])
-        weight = torch.sign(layer.weight) * torch.relu(torch.abs(layer.weight) - threshold)
-        x = F.linear(x, weight, layer.bias)
+        x = F.linear(x, torch.sign(weight) * torch.relu(torch.abs(weight) - threshold), bias)
     return x
 
 
@@ -63,6 +63,10 @@ class PlainLearner:
             setattr(self, name, copy.deepcopy(getattr(learner, name)).to(dtype))
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=self.args.actor_lr)
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=self.args.critic_lr)
+        self.alone = []  # without sharing: every agent's parameters and optimiser
+        for agent in range(self.num_agents if self.args.sharing == "none" else 0):
+            rows = [parameter.detach()[agent].clone() for parameter in self.actor.parameters()]
+            self.alone.append((rows, torch.optim.Adam(rows, lr=self.args.actor_lr)))
         critic_length = self.args.history_length * self.args.policy_freq
         actor_length = self.args.history_length * self.num_agents
         self.critic_history = deque(maxlen=critic_length), deque(maxlen=critic_length)
@@ -106,14 +110,29 @@ class PlainLearner:
             loss = 0.0
             for k in range(args.num_critics):
                 loss = loss - forward(self.critic, critic_input, k).mean() / args.num_critics
-            diversity = diversity_loss(self.actor, args.layer_weights, args.weighted_diversity)
+            diversity = torch.zeros_like(loss)
+            if args.sharing == "kaleidoscope":
+                diversity = diversity_loss(self.actor, args.layer_weights, args.weighted_diversity)
             self.actor_history[0].append(loss.item())
             self.actor_history[1].append(diversity.item())
             total = loss + coefficient(args.actor_diversity_coef, *self.actor_history) * diversity
             self.actor_optimizer.zero_grad()
             total.backward()
-            self.actor_optimizer.step()
+            if args.sharing == "none":
+                self.step_alone(agent)
+            else:
+                self.actor_optimizer.step()
         self.critic.requires_grad_(True)
+
+    @torch.no_grad()
+    def step_alone(self, agent):
+        """Adam for one agent's rows of all parameters, as if they were a network of its own."""
+        rows, optimizer = self.alone[agent]
+        for row, parameter in zip(rows, self.actor.parameters(), strict=True):
+            row.grad = parameter.grad[agent].clone()
+        optimizer.step()
+        for row, parameter in zip(rows, self.actor.parameters(), strict=True):
+            parameter[agent] = row
 
     @torch.no_grad()
     def update_targets(self):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import experiment
 import kalei_matd3_mamujoco as script
 
 SCRIPT = Path(script.__file__)
@@ -131,6 +132,22 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit(tmp_path):
     assert logs[0] == logs[1] != logs[2]
 
 
+@pytest.mark.parametrize("sharing", ["full", "none"])
+def test_agents_without_masks_train_and_evaluate(sharing, tmp_path):
+    code, out, err = run("--env-id", "HalfCheetah-v2-2x3", *TINY, "--sharing", sharing, cwd=tmp_path)
+    assert code == 0, err
+    assert f"sharing {sharing}" in out
+    (folder,) = (tmp_path / "runs").iterdir()
+    tags = scalars(folder)
+    assert all(math.isfinite(value) for series in tags.values() for _, value in series)
+    zero = [f"masks/actor_sparsity_layer{layer}" for layer in (1, 2, 3)]
+    for tag in (*zero, "masks/actor_difference", "losses/actor_diversity", "resets/actor_weights"):
+        assert all(value == 0 for _, value in tags[tag]), tag
+    mean = tags["charts/eval_return"][-1][1]
+    code, out, err = run("--evaluate", folder / "model.pt", "--eval-episodes", 3, "--device", "cpu", cwd=tmp_path)
+    assert code == 0 and f"return {mean:.1f} " in out, err
+
+
 class EpisodesOfChosenLength:
     """Stands in for an environment whose episode i has length i + 1 and gives 1 a step, again and again."""
 
@@ -154,7 +171,7 @@ class EpisodesOfChosenLength:
 
 def test_evaluation_counts_one_episode_of_every_environment(make_learner):
     envs = EpisodesOfChosenLength(6)
-    returns, lengths = script.evaluate(make_learner().actor, envs, seed=7)
+    returns, lengths = experiment.evaluate(make_learner().actor, envs, seed=7)
     assert returns.tolist() == lengths.tolist() == [1, 2, 3, 4, 5, 6], "short episodes must not count twice"
     assert envs.seed == 7
 
@@ -247,9 +264,9 @@ def test_runs_is_not_writable(tmp_path, monkeypatch, capsys):
 
 def test_two_runs_in_one_second_have_two_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(script.time, "time", lambda: 1000.0)
+    monkeypatch.setattr(experiment.time, "time", lambda: 1000.0)
     args = script.Args(env_id="Humanoid-v2-9|8")
-    folders = [script.make_run_folder(args) for _ in range(3)]
+    folders = [experiment.make_run_folder(args) for _ in range(3)]
     assert [folder[-4:] for folder in folders] == ["1000", "1001", "1002"]
     assert all(os.path.isdir(folder) and "|" not in folder for folder in folders)
 
@@ -260,7 +277,7 @@ def test_evaluating_what_is_not_a_model(content, tmp_path, capsys, monkeypatch, 
     if content == "foreign":
         torch.save({"weights": torch.zeros(3)}, path)
     elif content == "truncated":
-        script.save_model(str(path), make_learner(), 0)
+        experiment.save_model(str(path), make_learner(), 0)
         path.write_bytes(path.read_bytes()[:-1000])
     else:
         path.write_bytes(content)
@@ -275,12 +292,12 @@ def test_evaluating_what_is_not_a_model(content, tmp_path, capsys, monkeypatch, 
 
 def test_evaluating_on_another_task_is_refused(tmp_path, capsys, make_learner):
     path = str(tmp_path / "model.pt")
-    script.save_model(path, make_learner(env_id="Hopper-v2-3x1"), 0)
+    experiment.save_model(path, make_learner(env_id="Hopper-v2-3x1"), 0)
     with pytest.raises(SystemExit) as stop:
-        script.load_actor(path, "Walker2d-v2-2x3", torch.device("cpu"))
+        experiment.load_actor(path, "Walker2d-v2-2x3", torch.device("cpu"), script.Actor, script.Args)
     err = capsys.readouterr().err
     assert stop.value.code == 2 and one_line(err) and "Hopper-v2-3x1" in err
-    actor, args = script.load_actor(path, script.Args.env_id, torch.device("cpu"))
+    actor, args = experiment.load_actor(path, script.Args.env_id, torch.device("cpu"), script.Actor, script.Args)
     assert args.env_id == "Hopper-v2-3x1" and len(actor.layers) == 3
 
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+import kalei_matd3_mamujoco as script
 from benchmark.plain_loops import PlainLearner
 
 NETWORKS = ("actor", "critic", "target_actor", "target_critic")
@@ -12,9 +13,10 @@ NETWORKS = ("actor", "critic", "target_actor", "target_critic")
 
 @pytest.mark.parametrize("num_agents", [1, 3])
 @pytest.mark.parametrize("num_critics", [1, 4])
-def test_updates_equal_plain_loops(make_learner, make_batch, num_agents, num_critics):
+@pytest.mark.parametrize("sharing", ["kaleidoscope", "full", "none"])
+def test_updates_equal_plain_loops(make_learner, make_batch, num_agents, num_critics, sharing):
     settings = dict(num_agents=num_agents, num_critics=num_critics, actor_lr=1e-2, critic_lr=1e-2, polyak=0.1)
-    learner = make_learner(torch.float64, **settings)
+    learner = make_learner(torch.float64, **settings, sharing=sharing)
     plain = PlainLearner(learner)
     for update in range(1, 9):
         batch = make_batch(num_agents=num_agents, dtype=torch.float64, seed=update)
@@ -60,10 +62,41 @@ def test_an_agents_loss_reaches_the_shared_weights_and_its_own_thresholds(make_l
         assert not layer.thresholds.grad[[0, 2]].any()
 
 
-def test_acting_together_and_alone_agree_and_keep_to_the_bounds(make_learner, make_batch):
-    actor = make_learner().actor
+def test_full_sharing_gives_all_agents_the_same_weights_and_they_stay_so(make_learner, make_batch):
+    learner = make_learner(sharing="full")
+    for seed in range(3):
+        logs = learner.update(make_batch(seed=seed), with_policy=True)
+        for actor in (learner.actor, learner.target_actor):
+            for layer, (weight, bias) in zip(actor.layers, actor.effective_layers(), strict=True):
+                assert torch.equal(weight, layer.weight.expand(3, -1, -1)) and bias is layer.bias
+    assert logs["losses/actor_diversity"] == 0 and logs["losses/critic_diversity"] < 0, "sharing is the actor's"
+    assert learner.actor.sparsity().max() == 0 and learner.actor.mask_difference() == 0
+    assert int(script.reset_actor(learner.actor, 1.0)) == 0
+
+
+def test_without_sharing_one_agents_loss_touches_its_own_parameters_only(make_learner, make_batch):
+    learner = make_learner(sharing="none")
+    batch = make_batch()
+    for layer in learner.actor.layers:
+        assert not torch.equal(layer.weight[0], layer.weight[1]), "networks that start alike"
+    learner.actor.act_alone(batch.obs[:, 1], 1).sum().backward()
+    for name, parameter in learner.actor.named_parameters():
+        assert parameter.shape[0] == 3
+        assert name.endswith("thresholds") or (parameter.grad[1] != 0).any(), name
+        assert (parameter.grad[[0, 2]] == 0).all(), name
+    for seed in range(3):
+        learner.update(make_batch(seed=seed), with_policy=True)
+    assert int(script.reset_actor(learner.actor, 1.0)) == 0
+    for network in (learner.actor, learner.target_actor):
+        for layer, (weight, _) in zip(network.layers, network.effective_layers(), strict=True):
+            assert torch.equal(weight, layer.weight) and torch.isfinite(weight).all()
+
+
+@pytest.mark.parametrize("sharing", ["kaleidoscope", "full", "none"])
+def test_acting_together_and_alone_agree_and_keep_to_the_bounds(sharing, make_learner, make_batch):
+    actor = make_learner(sharing=sharing).actor
     obs = 100 * make_batch(size=50).obs
-    actions = actor.act(obs, actor.effective_weights())
+    actions = actor.act(obs, actor.effective_layers())
     assert (actions >= actor.low - 1e-6).all() and (actions <= actor.high + 1e-6).all()
     assert (actions - actor.high).abs().min() < 1e-3, "tanh never came near a bound"
     for agent in range(3):
@@ -73,9 +106,9 @@ def test_acting_together_and_alone_agree_and_keep_to_the_bounds(make_learner, ma
 def test_the_target_takes_the_lowest_value_of_the_ensemble_and_none_after_a_termination(make_learner, make_batch):
     learner = make_learner(target_noise=0.0)
     batch = make_batch()
-    next_actions = learner.target_actor.act(batch.next_obs, learner.target_actor.effective_weights())
+    next_actions = learner.target_actor.act(batch.next_obs, learner.target_actor.effective_layers())
     critic_input = torch.cat([batch.next_state, next_actions.flatten(1)], 1)
-    values = learner.target_critic(critic_input, learner.target_critic.effective_weights())[..., 0]
+    values = learner.target_critic(critic_input, learner.target_critic.effective_layers())[..., 0]
     assert (values.argmin(0).unique().numel() > 1) and batch.terminated.any() and not batch.terminated.all()
     target = batch.reward + torch.where(batch.terminated, 0.0, batch.discount * values.amin(0))
     torch.testing.assert_close(learner.update_critic(batch)["values/target"], target.mean())

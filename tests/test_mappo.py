@@ -98,9 +98,9 @@ def test_prepare_bootstraps_from_the_next_state_of_each_step(make_learner, make_
     critic = learner.critic
     critic.value_norm.update(torch.randn(100) * 5 + 20)
     with torch.no_grad():
-        weights = critic.effective_weights()
+        layers = critic.effective_layers()
         values, next_values = (
-            critic.value_norm.denormalise(critic(script.standardise(states).flatten(0, 1), weights)[..., 0].amin(0))
+            critic.value_norm.denormalise(critic(script.standardise(states).flatten(0, 1), layers)[..., 0].amin(0))
             for states in (rollout.state, rollout.next_state)
         )
     ends = (rollout.terminated, rollout.truncated, 0.99, 0.95)
@@ -194,17 +194,17 @@ def test_probability_and_entropy_leave_padding_out(make_learner):
     with torch.no_grad():
         actor.log_std.copy_(torch.randn_like(actor.log_std))
     obs, actions = torch.randn(AGENTS, 5, STATE + AGENTS).double(), torch.randn(AGENTS, 5, ACT).double()
-    weights = actor.effective_weights()
-    mean, std = actor(obs, weights), actor.std()
+    layers = actor.effective_layers()
+    mean, std = actor(obs, layers), actor.std()
     distribution = torch.distributions.Normal(mean, std.expand_as(mean))
     expected, entropy = distribution.log_prob(actions), distribution.entropy()
-    ours = actor.log_prob(obs, actions, weights)
+    ours = actor.log_prob(obs, actions, layers)
     torch.testing.assert_close(ours[:2], expected[:2].sum(-1))
     torch.testing.assert_close(ours[2], expected[2, :, 0])
     torch.testing.assert_close(actor.entropy(), (entropy[:2].sum() + entropy[2, :, 0].sum()) / (AGENTS * 5))
     changed = actions.clone()
     changed[2, :, 1] += 100
-    assert torch.equal(actor.log_prob(obs, changed, weights), ours)
+    assert torch.equal(actor.log_prob(obs, changed, layers), ours)
     (ours.sum() + actor.entropy()).backward()
     assert actor.log_std.grad[2, 0, 1] == 0 and (actor.log_std.grad[:2] != 0).all()
 
@@ -212,13 +212,13 @@ def test_probability_and_entropy_leave_padding_out(make_learner):
 def test_samples_follow_the_policy_and_only_act_clips(make_learner):
     actor = make_learner(output_gain=3.0).actor
     with torch.no_grad():
-        weights = actor.effective_weights()
+        layers = actor.effective_layers()
         obs = torch.randn(1, AGENTS, STATE + AGENTS)
-        samples = actor.sample(obs.expand(20_000, -1, -1), weights)
-        mean = actor(obs.transpose(0, 1), weights).transpose(0, 1)
+        samples = actor.sample(obs.expand(20_000, -1, -1), layers)
+        mean = actor(obs.transpose(0, 1), layers).transpose(0, 1)
         assert actor.std().flatten()[0].item() == pytest.approx(0.5 / (1 + math.exp(-1)))
         assert (samples.mean(0) - mean[0]).abs().max() < 0.02 and (samples.std(0) - actor.std()).abs().max() < 0.02
-        best = actor.act(obs, weights)
+        best = actor.act(obs, layers)
     torch.testing.assert_close(best, torch.maximum(torch.minimum(mean, actor.high), actor.low))
     assert (mean.abs() > actor.high).any() and (samples.abs() > actor.high).any()
 
@@ -244,7 +244,7 @@ def test_forward_pass_equals_one_network_after_the_other(sharing, make_learner):
         for parameter in actor.parameters():  # so that norms and biases, which start alike, differ
             parameter.add_(torch.randn_like(parameter) * 0.1)
     obs = torch.randn(AGENTS, 5, STATE + AGENTS, dtype=torch.float64)
-    together = actor(obs, actor.effective_weights())
+    together = actor(obs, actor.effective_layers())
     for agent in range(AGENTS):
         x = obs[agent]
         for index, (norm, layer) in enumerate(zip(actor.norms, actor.layers, strict=True)):
@@ -262,7 +262,7 @@ def gradients_of_one_agent(learner, agent):
     actor = learner.actor
     torch.manual_seed(1)
     obs, actions = torch.randn(AGENTS, 5, STATE + AGENTS), torch.randn(AGENTS, 5, ACT)
-    log_prob = actor.log_prob(obs, actions, actor.effective_weights())
+    log_prob = actor.log_prob(obs, actions, actor.effective_layers())
     actor.zero_grad()
     log_prob[agent].square().sum().backward()
     return dict(actor.named_parameters())
@@ -271,7 +271,7 @@ def gradients_of_one_agent(learner, agent):
 def test_full_sharing_gives_all_agents_the_same_weights_and_they_stay_so(make_learner, make_rollout):
     learner = make_learner(sharing="full", actor_diversity_coef=1.0)
     for seed in range(3):
-        for layer, effective in zip(learner.actor.layers, learner.actor.effective_weights(), strict=True):
+        for layer, (effective, _) in zip(learner.actor.layers, learner.actor.effective_layers(), strict=True):
             assert torch.equal(effective, layer.weight.expand(AGENTS, -1, -1))
         assert learner.actor.sparsity().max() == 0 and learner.actor.mask_difference() == 0
         assert int(script.reset_actor(learner.actor, 1.0)) == 0
@@ -291,7 +291,7 @@ def test_without_sharing_one_agents_loss_touches_its_own_parameters_only(make_le
         assert not torch.equal(layer.weight[0], layer.weight[1]), "networks that start alike"
     for seed in range(3):
         learner.update(make_rollout(seed=seed))
-    for layer, effective in zip(learner.actor.layers, learner.actor.effective_weights(), strict=True):
+    for layer, (effective, _) in zip(learner.actor.layers, learner.actor.effective_layers(), strict=True):
         assert torch.equal(effective, layer.weight)
     assert int(script.reset_actor(learner.actor, 1.0)) == 0
 
@@ -307,7 +307,7 @@ def test_kaleidoscope_gradients_reach_own_thresholds_and_the_shared_weights(make
 
 def test_a_single_critic_has_no_mask(make_learner):
     critic = make_learner(num_critics=1).critic
-    for layer, effective in zip(critic.layers, critic.effective_weights(), strict=True):
+    for layer, (effective, _) in zip(critic.layers, critic.effective_layers(), strict=True):
         assert torch.equal(effective[0], layer.weight)
     assert make_learner(num_critics=3, sharing="full").critic.mask_difference() > 0, "sharing is the actor's"
 
@@ -338,7 +338,7 @@ def test_an_actor_step_equals_the_equations(make_learner, make_rollout):
     rollout = make_rollout(dtype=torch.float64)
     batch, _ = learner.prepare(rollout)
     actor, args = learner.actor, learner.args
-    log_prob = actor.log_prob(batch.obs, batch.actions, actor.effective_weights())
+    log_prob = actor.log_prob(batch.obs, batch.actions, actor.effective_layers())
     ratio = (log_prob - batch.log_prob).exp()
     diversity = script.diversity_loss(actor, args.layer_weights)
     scale = 0.1 * batch.advantages.abs().mean() / diversity.abs()  # the first ratio is 1

@@ -12,6 +12,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import experiment
 import kalei_mappo_mamujoco as script
 
 SCRIPT = Path(script.__file__)
@@ -219,7 +220,7 @@ def test_evaluating_what_is_not_a_model(content, tmp_path, capsys, monkeypatch):
     elif content == "of the other script":
         torch.save({"actor": {}, "critic": {}, "args": {"n_step": 5}, "global_step": 0}, path)
     elif content == "truncated":
-        script.save_model(str(path), make_learner(), 0)
+        experiment.save_model(str(path), make_learner(), 0)
         path.write_bytes(path.read_bytes()[:-1000])
     else:
         path.write_bytes(content)
@@ -236,13 +237,13 @@ def test_evaluating_what_is_not_a_model(content, tmp_path, capsys, monkeypatch):
 def test_a_saved_actor_loads_as_it_was_and_not_on_another_task(sharing, tmp_path, capsys):
     path, log_std = str(tmp_path / "model.pt"), "agent" if sharing == "none" else "shared"
     learner = make_learner(env_id="Hopper-v2-3x1", sharing=sharing, log_std=log_std)
-    script.save_model(path, learner, 0)
-    actor, args = script.load_actor(path, script.Args.env_id, torch.device("cpu"))
+    experiment.save_model(path, learner, 0)
+    actor, args = experiment.load_actor(path, script.Args.env_id, torch.device("cpu"), script.Actor, script.Args)
     assert args.env_id == "Hopper-v2-3x1" and args.sharing == sharing
     for name, value in learner.actor.state_dict().items():
         assert torch.equal(actor.state_dict()[name], value), name
     with pytest.raises(SystemExit) as stop:
-        script.load_actor(path, "Walker2d-v2-2x3", torch.device("cpu"))
+        experiment.load_actor(path, "Walker2d-v2-2x3", torch.device("cpu"), script.Actor, script.Args)
     err = capsys.readouterr().err
     assert stop.value.code == 2 and one_line(err) and "Hopper-v2-3x1" in err
 

@@ -9,9 +9,9 @@ import kalei_matd3_mamujoco as script
 from benchmark import plain_loops
 
 
-def network(dtype=torch.float64, masks=5, layer_norm=True, bias=1.0):
+def network(dtype=torch.float64, masks=5, layer_norm=True, bias=1.0, sharing="kaleidoscope"):
     torch.manual_seed(0)
-    return script.MaskedMLP(masks, 6, 16, 2, 4.0, bias, layer_norm).to(dtype)
+    return script.MaskedMLP(masks, 6, 16, 2, 4.0, bias, layer_norm, sharing).to(dtype)
 
 
 def test_weights_start_as_linear_and_thresholds_in_their_range():
@@ -27,7 +27,7 @@ def test_effective_weight_is_the_soft_threshold_of_the_paper():
     layer = network().layers[1]
     with torch.no_grad():
         layer.weight[0, 0] = 0.0
-    effective = layer.effective_weight()
+    effective, _ = layer.effective()
     for k, row, column in [(0, 0, 0), (0, 3, 5), (2, 7, 1), (4, 15, 15), (1, 2, 3)]:
         weight, threshold = layer.weight[row, column].item(), layer.thresholds[k, row, column].item()
         size = max(abs(weight) - 1 / (1 + torch.e**-threshold), 0.0)
@@ -36,11 +36,12 @@ def test_effective_weight_is_the_soft_threshold_of_the_paper():
     assert 0.05 < layer.masks().double().mean() < 0.95, "masks that keep all or nothing would test nothing"
 
 
+@pytest.mark.parametrize("sharing", ["kaleidoscope", "full", "none"])
 @pytest.mark.parametrize("layer_norm", [False, True])
-def test_all_masks_at_once_equal_one_after_the_other(layer_norm):
-    net = network(layer_norm=layer_norm)
+def test_all_masks_at_once_equal_one_after_the_other(layer_norm, sharing):
+    net = network(layer_norm=layer_norm, sharing=sharing)
     x = torch.randn(9, 6, dtype=torch.float64, requires_grad=True)
-    together = net(x, net.effective_weights())
+    together = net(x, net.effective_layers())
     apart = torch.stack([plain_loops.forward(net, x, k) for k in range(5)])
     torch.testing.assert_close(together, apart, rtol=1e-12, atol=1e-12)
     pull = torch.randn_like(together)

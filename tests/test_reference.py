@@ -45,7 +45,7 @@ def load(network, arrays, prefix):
 def masked_network(arrays, prefix, layer_norm):
     masks, hidden, inputs = arrays[f"{prefix}/layer0/thresholds"].shape
     outputs = len(arrays[f"{prefix}/layer2/bias"])
-    return load(script.MaskedMLP(masks, inputs, hidden, outputs, 5.0, 5.0, layer_norm), arrays, prefix)
+    return load(script.MaskedMLP(masks, inputs, hidden, outputs, 5.0, 5.0, layer_norm, "kaleidoscope"), arrays, prefix)
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "layer_norm"])
@@ -57,7 +57,7 @@ def masked(request, reference):
 
 def test_forward_of_all_masks_at_once(masked):
     network, prefix, arrays = masked
-    y = torch.tanh(network(torch.as_tensor(arrays[f"{prefix}/x"]), network.effective_weights()))
+    y = torch.tanh(network(torch.as_tensor(arrays[f"{prefix}/x"]), network.effective_layers()))
     for k, one in enumerate(y):
         assert_close(one, arrays[f"{prefix}/y{k}"], f"y{k}")
 
@@ -65,21 +65,21 @@ def test_forward_of_all_masks_at_once(masked):
 def test_forward_takes_leading_dimensions_and_single_masks(masked):
     network, prefix, arrays = masked
     x = torch.as_tensor(arrays[f"{prefix}/x"])
-    weights = network.effective_weights()
-    y = network(x, weights)
-    stacked = network(torch.stack([x, 2 * x]).unsqueeze(1), weights)  # (2, 1, B, in) -> (2, M, B, out)
+    layers = network.effective_layers()
+    y = network(x, layers)
+    stacked = network(torch.stack([x, 2 * x]).unsqueeze(1), layers)  # (2, 1, B, in) -> (2, M, B, out)
     assert_close(stacked[0], y.detach(), "leading dimension")
     for k in range(len(y)):
-        assert_close(network(x, network.effective_weights(k)), y[k].detach(), f"mask {k} alone")
+        assert_close(network(x, network.effective_layers(k)), y[k].detach(), f"mask {k} alone")
 
 
 def test_gradients_of_each_mask(masked):
     network, prefix, arrays = masked
     x, g = (torch.as_tensor(arrays[f"{prefix}/{name}"]) for name in "xg")
     for k in range(len(network.layers[0].thresholds)):
-        for weights in (network.effective_weights(), network.effective_weights(slice(k, k + 1))):
+        for layers in (network.effective_layers(), network.effective_layers(slice(k, k + 1))):
             network.zero_grad()
-            y = torch.tanh(network(x, weights))
+            y = torch.tanh(network(x, layers))
             (y[k if len(y) > 1 else 0] * g).sum().backward()
             for name, parameter in names_in_files(network):
                 if name.startswith("layer"):
@@ -103,7 +103,7 @@ def test_sparsity_and_masks(masked):
     network, prefix, arrays = masked
     expected = arrays[f"{prefix}/sparsity_per_mask_per_layer"]
     assert_close(network.sparsity(), expected.mean(0), "sparsity")
-    zeros = torch.stack([(weight == 0).float().mean((1, 2)) for weight in network.effective_weights()], 1)
+    zeros = torch.stack([(weight == 0).float().mean((1, 2)) for weight, _ in network.effective_layers()], 1)
     assert_close(zeros, expected, "zeros of the effective weights")
     assert np.array_equal(network.layers[1].masks(), arrays[f"{prefix}/masks_layer1"].astype(bool))
 

@@ -17,16 +17,13 @@ SHARED = [
     "reset_actor",
     "member_to_reset",
     "reset_critic",
-    "save_model",
-    "fail",
-    "make_run_folder",
 ]
 SHARED_FLAGS = (
     "seed device log_interval eval_interval eval_episodes save_model evaluate env_id num_threads episode_limit"
 )
 SHARED_FLAGS += " gamma actor_threshold_scale actor_diversity_coef actor_reset_interval actor_reset_ratio"
 SHARED_FLAGS += " critic_threshold_scale critic_threshold_bias critic_diversity_coef critic_reset_interval"
-SHARED_FLAGS += " weighted_diversity"
+SHARED_FLAGS += " weighted_diversity sharing"
 
 
 @pytest.mark.parametrize("name", SHARED)
