@@ -1,6 +1,10 @@
-"""What surrounds an algorithm, and is the same for each: command line, run folder, evaluation, saved models.
+"""What surrounds an algorithm, and is the same for each: command line, run folder, evaluation, checkpoints, signals.
 
 Mistakes of the user end in `fail`: one line on stderr that names the value and what was expected, and exit code 2.
+
+A checkpoint holds all that the rest of a run depends on: where it is resumed on the same CPU, the run goes on bit for
+bit as if it had never stopped. It is one file, RUN_FOLDER/checkpoint.pt, of tensors and plain values (no code: it loads
+with weights_only=True), written beside the previous one and then put in its place in one step.
 """
 
 import contextlib
@@ -9,8 +13,10 @@ import io
 import math
 import os
 import re
+import signal
 import sys
 import time
+import zipfile
 
 import numpy as np
 import torch
@@ -19,25 +25,61 @@ from torch.utils.tensorboard import SummaryWriter
 
 from mamujoco_env import MaMuJoCoVecEnv, parse_env_id
 
+CHECKPOINT_FORMAT = 1
+# what --resume lets a user change, since none of it changes what the run has learnt so far
+RESUME_MAY_CHANGE = "resume total_timesteps device num_threads log_interval eval_interval eval_episodes save_model"
+RESUME_MAY_CHANGE += " checkpoint_interval checkpoint_buffer"
+
 
 # ---- Command line ----
 def fail(message):
     """End with one line on stderr and exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(2)
 
 
-def read_command_line(args_class, argv=None):
-    """An `args_class`, a dataclass whose docstrings are the help, from argv or the command line."""
+def warn(message):
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def read_flags(args_class, argv, default):
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(args_class, args=argv)
+            return tyro.cli(args_class, args=argv, default=default)
     except SystemExit as stop:
         if stop.code:  # take tyro's message out of its box, and leave out the box's title and rules
             lines = re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯]", "", complaint.getvalue()).splitlines()
-            fail(" ".join(" ".join(line for line in lines if "──" not in line and "─ " not in line).split()))
+            fail(" ".join(line for line in lines if "──" not in line and "─ " not in line))
         raise
+
+
+def read_command_line(args_class, argv=None):
+    """(args, checkpoint) from argv or the command line: an `args_class`, a dataclass whose docstrings are the help.
+
+    With --resume, the arguments are those of the run, and the checkpoint is what read_checkpoint returns, else None.
+    """
+    args = read_flags(args_class, argv, default=args_class())
+    if args.resume is None:
+        return args, None
+    checkpoint = read_checkpoint(args.resume, args_class)
+    before = checkpoint["args"]
+    args = read_flags(args_class, argv, default=before)
+    require(args, "evaluate", lambda x: x is None, "nothing, or no --resume beside it")
+    for field in dataclasses.fields(args):
+        old, new = getattr(before, field.name), getattr(args, field.name)
+        if old != new and field.name not in RESUME_MAY_CHANGE.split():
+            flag = field.name.replace("_", "-")
+            fail(f"--{flag} is {new}, expected {old}, with which the run in {args.resume} has learnt so far")
+    step = checkpoint["counters"]["global_step"]
+    expected = f"more than the {step} steps that the run in {args.resume} has made"
+    require(args, "total_timesteps", lambda x: x > step, expected)
+    if args.total_timesteps != before.total_timesteps:
+        print(
+            f"--total-timesteps is {args.total_timesteps} and was {before.total_timesteps}: resets, and learning rates"
+        )
+        print("that fall, follow the new one from here on, as if it had been so from the start")
+    return args, checkpoint
 
 
 def require(args, names, condition, expected):
@@ -49,7 +91,7 @@ def require(args, names, condition, expected):
 
 
 def require_count(args, names, least=1):
-    require(args, names, lambda x: x >= least, f"at least {least}")
+    require(args, names, lambda x: least <= x <= 10**12, f"an integer from {least} to 10^12")
 
 
 def require_share(args, names):
@@ -63,7 +105,7 @@ def require_size(args, names):
 def check_common_args(args):
     """Refuse what cannot work among the flags that all scripts have."""
     require_count(args, "total_timesteps num_envs episode_limit log_interval")
-    require_count(args, "num_threads eval_interval eval_episodes", least=0)
+    require_count(args, "num_threads eval_interval eval_episodes checkpoint_interval", least=0)
     if args.evaluate is not None:
         require(args, "eval_episodes", lambda x: x >= 1, "at least 1 with --evaluate")
     require(args, "seed", lambda x: 0 <= x < 2**63, "an integer from 0 to 2^63 - 1")
@@ -105,12 +147,28 @@ def make_run_folder(args):
             fail(f"{error.filename}: {error.strerror}, expected a folder to write to")
 
 
-def open_log(run_folder, args):
-    """TensorBoard's SummaryWriter for a run, with the arguments as a table."""
+def open_run(args, global_step):
+    """(run folder, TensorBoard's SummaryWriter): new ones, or those of the run that is resumed at global_step.
+
+    TensorBoard then drops what the run had logged after that step.
+    """
+    if args.resume is not None:
+        return args.resume, SummaryWriter(args.resume, purge_step=global_step + 1)
+    run_folder = make_run_folder(args)
     writer = SummaryWriter(run_folder)
     rows = "\n".join(f"|{name}|{value}|" for name, value in dataclasses.asdict(args).items())
     writer.add_text("hyperparameters", f"|name|value|\n|-|-|\n{rows}")
-    return writer
+    return run_folder, writer
+
+
+@contextlib.contextmanager
+def refuse_what_does_not_fit():
+    """Within it, sizes that no memory holds end in one line."""
+    try:
+        yield
+    except (MemoryError, OverflowError, RuntimeError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        fail(f"networks, storage and environments of these sizes cannot be made ({type(error).__name__}: {reason})")
 
 
 # ---- Evaluation, saved models ----
@@ -140,11 +198,9 @@ def evaluate(actor, envs, seed):
 
 
 def save_model(path, learner, global_step):
-    """Write actor, critic and arguments; a reader never sees half a file."""
+    """Write actor, critic and arguments for --evaluate."""
     model = {"actor": learner.actor.state_dict(), "critic": learner.critic.state_dict()}
-    model |= {"args": dataclasses.asdict(learner.args), "global_step": global_step}
-    torch.save(model, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    write(path, model | {"args": dataclasses.asdict(learner.args), "global_step": global_step})
 
 
 def load_actor(path, env_id, device, actor_class, args_class):
@@ -172,3 +228,148 @@ def evaluate_file(args, device, actor_class):
     returns, lengths = evaluate(actor, *make_eval_envs(trained, args.num_threads))
     result = f"return {returns.mean():.1f} +- {returns.std():.1f} (std), length {lengths.mean():.0f}"
     print(f"{trained.env_id}: {result}, {len(returns)} episodes")
+
+
+# ---- Checkpoints ----
+def write(path, content):
+    """Save so that `path` holds the old content or the new, whole, whatever happens. Returns whether it holds the new.
+
+    What goes wrong, such as a full disk or a folder that is gone, is reported on stderr, and the old file stays.
+    """
+    try:
+        with open(f"{path}.tmp", "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.tmp", path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        reason = getattr(error, "strerror", None) or f"writing failed ({error})".split("\n")[0]
+        warn(f"{path}: {reason}; training goes on, and what was there before stays")
+        with contextlib.suppress(OSError):
+            os.remove(f"{path}.tmp")
+        return False
+    return True
+
+
+def as_tensors(tree):
+    """The same tree of dicts and lists with tensors in the place of NumPy's arrays and scalars."""
+    if isinstance(tree, dict):
+        return {key: as_tensors(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [as_tensors(value) for value in tree]
+    return torch.as_tensor(tree) if isinstance(tree, (np.ndarray, np.generic)) else tree
+
+
+def as_arrays(tree):
+    """The same tree with NumPy's arrays in the place of tensors."""
+    if isinstance(tree, dict):
+        return {key: as_arrays(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [as_arrays(value) for value in tree]
+    return tree.numpy() if isinstance(tree, torch.Tensor) else tree
+
+
+def write_checkpoint(run_folder, learner, envs, obs, counters, logs=None, replay=None):
+    """Write all that the rest of the run depends on. Returns the seconds it took.
+
+    learner: a module with a list `optimizers` and the arguments as `args`; counters: plain values by name, global_step
+    among them; logs: the latest losses by name; replay: has state_dict, or None to leave it out.
+    """
+    start = time.perf_counter()
+    random = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        random["cuda"] = torch.cuda.get_rng_state_all()
+    content = {
+        "format": CHECKPOINT_FORMAT,
+        "args": dataclasses.asdict(learner.args),
+        "learner": learner.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in learner.optimizers],
+        "envs": as_tensors(envs.get_state()),
+        "obs": torch.as_tensor(obs),
+        "random": random,
+        "counters": counters,
+        "logs": logs,
+        "replay": None if replay is None else replay.state_dict(),
+    }
+    write(os.path.join(run_folder, "checkpoint.pt"), content)
+    return time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def refuse_damage(path):
+    """Within it, whatever a damaged or foreign checkpoint raises ends in one line: that depends on where it breaks."""
+    try:
+        yield
+    except OSError as error:
+        fail(f"--resume: {path}: {error.strerror or error}, expected a checkpoint that --checkpoint-interval wrote")
+    except Exception as error:
+        reason = str(error).split("\n")[0]
+        fail(f"--resume: {path}: not a whole checkpoint of this script ({type(error).__name__}: {reason})")
+
+
+def read_checkpoint(run_folder, args_class):
+    """What write_checkpoint wrote, checked, with its arguments as an args_class and its path as "path"."""
+    path = os.path.join(run_folder, "checkpoint.pt")
+    with refuse_damage(path):
+        with zipfile.ZipFile(path) as file:  # torch.load does not look at the checksums
+            damaged = file.testzip()
+        if damaged is not None:
+            raise ValueError(f"checksum of {damaged} is wrong")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        version = checkpoint["format"]
+        if version != CHECKPOINT_FORMAT:
+            raise ValueError(f"format {version}, expected {CHECKPOINT_FORMAT}; written by another version of this code")
+        checkpoint["args"] = args_class(**checkpoint["args"])
+        checkpoint["path"] = path
+        checkpoint["counters"]["global_step"]
+    return checkpoint
+
+
+def restore(checkpoint, learner, envs, replay=None):
+    """Put learner, environments, generators and, where it was kept, replay back where they were: (obs, counters)."""
+    with refuse_damage(checkpoint["path"]):
+        learner.load_state_dict(checkpoint["learner"])
+        for optimizer, state in zip(learner.optimizers, checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        envs.set_state(as_arrays(checkpoint["envs"]))
+        if replay is not None and checkpoint["replay"] is not None:
+            replay.load_state_dict(checkpoint["replay"])
+        torch.set_rng_state(checkpoint["random"]["cpu"])
+        if torch.cuda.is_available() and "cuda" in checkpoint["random"]:
+            torch.cuda.set_rng_state_all(checkpoint["random"]["cuda"])
+        return checkpoint["obs"].numpy(), checkpoint["counters"]
+
+
+# ---- Stopping ----
+class StopSignals:
+    """Remembers the first SIGINT or SIGTERM in `received`, for the loop to end its block; a second one ends at once."""
+
+    def __init__(self):
+        self.received = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.receive)
+
+    def receive(self, number, frame):
+        if self.received is not None:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.received = number
+        warn(f"{signal.Signals(number).name}: stopping after this block; a second signal stops at once")
+
+    def exit(self):
+        """End with the exit code of the signal, 130 or 143; return if there was none."""
+        if self.received is not None:
+            sys.exit(128 + self.received)
+
+
+def stop_if_diverged(learner, logs, num_updates, writer):
+    """End with exit code 1 and a line that names what is not finite: a loss, else a parameter."""
+    values = {name: value for name, value in logs.items()} | dict(learner.named_parameters())
+    finite = torch.stack([torch.isfinite(value).all() for value in values.values()]).tolist()
+    if all(finite):
+        return
+    writer.close()
+    name, value = list(values.items())[finite.index(False)]
+    what = f"{name} is {value.item()}" if value.dim() == 0 else f"{name} has values that are not finite"
+    print(f"error: diverged: {what} at update {num_updates}; nothing was saved after it", file=sys.stderr)
+    sys.exit(1)

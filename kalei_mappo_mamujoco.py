@@ -50,6 +50,10 @@ class Args:
     """episodes of an evaluation, one in each of as many environments; 0 turns evaluation off"""
     save_model: bool = False
     """write actor and critic to model.pt in the run's folder, at every evaluation and at the end"""
+    checkpoint_interval: int = 0
+    """environment steps between two checkpoints, from which --resume goes on exactly; 0 writes none"""
+    resume: str | None = None
+    """go on with the run in this folder, with its arguments; a new --total-timesteps moves the end of schedules"""
     evaluate: str | None = None
     """do not train: evaluate the model in this file for --eval-episodes episodes, on the task it was trained on"""
 
@@ -390,7 +394,7 @@ def diversity_loss(network, layer_weights, weighted=True):
     return loss / max(num_masks * (num_masks - 1) * num_weights, 1)
 
 
-class AdaptiveCoefficient:
+class AdaptiveCoefficient(nn.Module):
     """The weight of the diversity loss: |beta * mean(RL losses) / mean(diversity losses)| over the latest `length`.
 
     The histories are rings on the device. Both hold equally many losses and zeros, so that the ratio of the sums
@@ -398,11 +402,12 @@ class AdaptiveCoefficient:
     """
 
     def __init__(self, beta, length, device):
+        super().__init__()
         self.beta = beta
-        self.losses = torch.zeros(2, length, device=device)
-        self.slot = torch.zeros(1, dtype=torch.long, device=device)
+        self.register_buffer("losses", torch.zeros(2, length, device=device))
+        self.register_buffer("slot", torch.zeros(1, dtype=torch.long, device=device))
 
-    def __call__(self, rl_loss, diversity):
+    def forward(self, rl_loss, diversity):
         self.losses.index_copy_(1, self.slot, torch.stack([rl_loss, diversity]).detach()[:, None])
         self.slot.add_(1).remainder_(self.losses.shape[1])
         rl_sum, diversity_sum = self.losses.sum(1)
@@ -506,15 +511,17 @@ def clipped_value_loss(values, old_values, returns, clip, delta):
 
 
 # ---- The update ----
-class Learner:
+class Learner(nn.Module):
     """Networks, optimisers and loss histories, and the updates that change them in place on the device."""
 
     def __init__(self, state_size, low, high, args, device):
+        super().__init__()
         self.args, self.num_agents = args, len(low)
         self.actor = Actor(state_size + self.num_agents, low, high, args).to(device)
         self.critic = Critic(state_size, args).to(device)
         self.actor_optimizer = self.make_optimizer(self.actor, device)
         self.critic_optimizer = self.make_optimizer(self.critic, device)
+        self.optimizers = [self.actor_optimizer, self.critic_optimizer]
         self.actor_coefficient = AdaptiveCoefficient(args.actor_diversity_coef, args.history_length, device)
         self.critic_coefficient = AdaptiveCoefficient(args.critic_diversity_coef, args.history_length, device)
 
@@ -528,7 +535,7 @@ class Learner:
 
     def scale_learning_rates(self, factor):
         """Set all learning rates to `factor` times those of the start."""
-        for optimizer in (self.actor_optimizer, self.critic_optimizer):
+        for optimizer in self.optimizers:
             for group, lr in zip(optimizer.param_groups, (self.args.lr, self.args.threshold_lr), strict=True):
                 group["lr"] = lr * factor
 
@@ -622,14 +629,14 @@ class Learner:
 
 # ---- Command line ----
 def parse_args(argv=None):
-    """The checked arguments, tuned values filled in. Bad ones end in one line on stderr and exit code 2."""
-    args = experiment.read_command_line(Args, argv)
+    """(args, checkpoint or None), checked, tuned values filled in. Bad ones end in one line and exit code 2."""
+    args, checkpoint = experiment.read_command_line(Args, argv)
     for name, tuned in zip(TUNED_FLAGS, TUNED.get(args.env_id, UNTUNED), strict=True):
         if getattr(args, name) is None:
             setattr(args, name, tuned)
     args.log_std = args.log_std or ("agent" if args.sharing == "none" else "shared")
     check_args(args)
-    return args
+    return args, checkpoint
 
 
 def check_args(args):
@@ -646,35 +653,38 @@ def check_args(args):
 
 
 def main():
-    args = parse_args()
+    args, checkpoint = parse_args()
     device = experiment.choose_device(args)
     if args.evaluate is not None:
         experiment.evaluate_file(args, device, Actor)
         return
 
-    run_folder = experiment.make_run_folder(args)
-    writer = experiment.open_log(run_folder, args)
-    tuned = ", ".join(f"{name} {getattr(args, name)}" for name in TUNED_FLAGS)
-    print(f"{run_folder} on {device}: sharing {args.sharing}, {tuned}")
+    stop = experiment.StopSignals()
     torch.manual_seed(args.seed)
-
-    envs = MaMuJoCoVecEnv(args.env_id, args.num_envs, args.seed, args.num_threads, args.episode_limit)
-    space = envs.single_action_space
-    learner = Learner(envs.state_size, space.low, space.high, args, device)
-    actor = learner.actor
-    rollout = Rollout(args.rollout_steps, args.num_envs, envs.state_size, space.shape, device)
-    if args.eval_episodes:
-        eval_envs, eval_seed = experiment.make_eval_envs(args, args.num_threads)
+    with experiment.refuse_what_does_not_fit():
+        envs = MaMuJoCoVecEnv(args.env_id, args.num_envs, args.seed, args.num_threads, args.episode_limit)
+        space = envs.single_action_space
+        learner = Learner(envs.state_size, space.low, space.high, args, device)
+        actor = learner.actor
+        rollout = Rollout(args.rollout_steps, args.num_envs, envs.state_size, space.shape, device)
+        if args.eval_episodes:
+            eval_envs, eval_seed = experiment.make_eval_envs(args, args.num_threads)
 
     num_threads = torch.get_num_threads()
     global_step = num_updates = 0
     training_seconds = 0.0  # without evaluation
     status = {}
-    obs, infos = envs.reset()
-    state = infos["state"]
+    obs, _ = envs.reset()
+    if checkpoint is not None:
+        obs, counters = experiment.restore(checkpoint, learner, envs)
+        global_step, num_updates, training_seconds = counters.values()
+    state = envs.state
+    run_folder, writer = experiment.open_run(args, global_step)
+    tuned = ", ".join(f"{name} {getattr(args, name)}" for name in TUNED_FLAGS)
+    print(f"{run_folder} on {device}: sharing {args.sharing}, {tuned}")
     steps_per_rollout = args.rollout_steps * args.num_envs
     num_steps = -(-args.total_timesteps // steps_per_rollout) * steps_per_rollout
-    progress = tqdm(total=num_steps, unit="step", unit_scale=True, dynamic_ncols=True)
+    progress = tqdm(total=num_steps, initial=global_step, unit="step", unit_scale=True, dynamic_ncols=True)
     while global_step < args.total_timesteps:
         previous_step, round_start = global_step, time.perf_counter()
 
@@ -713,7 +723,11 @@ def main():
             writer.add_scalar("resets/critic_member", member, global_step)
 
         # log
-        if reached(args.log_interval, previous_step, global_step):
+        finished, stopping = global_step >= args.total_timesteps, stop.received is not None
+        log_due = reached(args.log_interval, previous_step, global_step)
+        eval_due = finished or reached(args.eval_interval, previous_step, global_step)
+        checkpoint_due = finished or stopping or reached(args.checkpoint_interval, previous_step, global_step)
+        if log_due:
             for name, value in logs.items():
                 writer.add_scalar(name, value.item(), global_step)
             for name, network in (("actor", actor), ("critic", learner.critic)):
@@ -724,24 +738,32 @@ def main():
             writer.add_scalar("charts/unstable_episodes", infos["unstable"], global_step)
         training_seconds += time.perf_counter() - round_start
         status["SPS"] = int(global_step / training_seconds)
-        if reached(args.log_interval, previous_step, global_step):
+        if log_due:
             writer.add_scalar("charts/SPS", status["SPS"], global_step)
+        if log_due or eval_due or checkpoint_due:
+            experiment.stop_if_diverged(learner, logs, num_updates, writer)
 
         # evaluate, save
-        finished = global_step >= args.total_timesteps
-        if args.eval_episodes and (finished or reached(args.eval_interval, previous_step, global_step)):
+        if args.eval_episodes and eval_due:
             returns, lengths = experiment.evaluate(actor, eval_envs, eval_seed)
             for name, value in (("return", returns.mean()), ("return_std", returns.std()), ("length", lengths.mean())):
                 writer.add_scalar(f"charts/eval_{name}", value, global_step)
             status["eval"] = f"{returns.mean():.1f}+-{returns.std():.1f}"
-        if args.save_model and (finished or reached(args.eval_interval, previous_step, global_step)):
+        if args.save_model and eval_due:
             experiment.save_model(os.path.join(run_folder, "model.pt"), learner, global_step)
+        if args.checkpoint_interval and checkpoint_due:
+            counters = dict(global_step=global_step, num_updates=num_updates, training_seconds=training_seconds)
+            seconds = experiment.write_checkpoint(run_folder, learner, envs, obs, counters)
+            writer.add_scalar("charts/checkpoint_seconds", seconds, global_step)
         progress.set_postfix(status, refresh=False)
         progress.update(global_step - previous_step)
+        if stopping:
+            break
 
     progress.close()
     writer.close()
     envs.close()
+    stop.exit()
 
 
 if __name__ == "__main__":

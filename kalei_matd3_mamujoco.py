@@ -48,6 +48,12 @@ class Args:
     """episodes of an evaluation, one in each of as many environments; 0 turns evaluation off"""
     save_model: bool = False
     """write actor and critic to model.pt in the run's folder, at every evaluation and at the end"""
+    checkpoint_interval: int = 0
+    """environment steps between two checkpoints, from which --resume goes on exactly; 0 writes none"""
+    checkpoint_buffer: bool = True
+    """keep the replay buffer in checkpoints; without, a resumed run fills a new one before it learns on"""
+    resume: str | None = None
+    """go on with the run in this folder, with its arguments; a new --total-timesteps moves the end of schedules"""
     evaluate: str | None = None
     """do not train: evaluate the model in this file for --eval-episodes episodes, on the task it was trained on"""
 
@@ -302,7 +308,7 @@ def diversity_loss(network, layer_weights, weighted=True):
     return loss / max(num_masks * (num_masks - 1) * num_weights, 1)
 
 
-class AdaptiveCoefficient:
+class AdaptiveCoefficient(nn.Module):
     """The weight of the diversity loss: |beta * mean(RL losses) / mean(diversity losses)| over the latest `length`.
 
     The histories are rings on the device. Both hold equally many losses and zeros, so that the ratio of the sums
@@ -310,11 +316,12 @@ class AdaptiveCoefficient:
     """
 
     def __init__(self, beta, length, device):
+        super().__init__()
         self.beta = beta
-        self.losses = torch.zeros(2, length, device=device)
-        self.slot = torch.zeros(1, dtype=torch.long, device=device)
+        self.register_buffer("losses", torch.zeros(2, length, device=device))
+        self.register_buffer("slot", torch.zeros(1, dtype=torch.long, device=device))
 
-    def __call__(self, rl_loss, diversity):
+    def forward(self, rl_loss, diversity):
         self.losses.index_copy_(1, self.slot, torch.stack([rl_loss, diversity]).detach()[:, None])
         self.slot.add_(1).remainder_(self.losses.shape[1])
         rl_sum, diversity_sum = self.losses.sum(1)
@@ -374,6 +381,13 @@ class Batch(NamedTuple):
 class Replay:
     """A ring of `rows` steps of E environments, on the device. It holds states only: they imply the observations."""
 
+    ARRAYS = ("state", "actions", "reward", "terminated", "ended")
+
+    @staticmethod
+    def following(filled, rows):
+        """Of each of the first `filled` rows the row after it."""
+        return (torch.arange(filled) + 1) % rows
+
     def __init__(self, rows, num_envs, state_size, action_shape, n_step, gamma, device):
         shape = (rows, num_envs)
         # zeros, since an n-step return looks ahead into rows that are not filled yet, and NaN times 0 is NaN
@@ -403,6 +417,25 @@ class Replay:
         self.next_row = (row + 1) % self.rows
         self.newest.fill_(row)
         self.filled.add_(1).clamp_(max=self.rows)
+
+    def state_dict(self):
+        """What is stored and where, compactly: next states only where the following row does not hold them."""
+        filled = int(self.filled)
+        saved = {name: getattr(self, name)[:filled].clone() for name in self.ARRAYS}
+        known = (self.next_state[:filled] == self.state[self.following(filled, self.rows)]).all(-1)
+        saved |= {"known": known, "next_state": self.next_state[:filled][~known]}
+        return saved | {"newest": int(self.newest), "rows": self.rows}
+
+    def load_state_dict(self, saved):
+        """Store what state_dict returned, in the same rows of a ring that has at least as many as are filled."""
+        filled, known = len(saved["state"]), saved["known"]
+        for name in self.ARRAYS:
+            getattr(self, name)[:filled] = saved[name]
+        self.next_state[:filled] = self.state[self.following(filled, saved["rows"])]
+        self.next_state[:filled][known.logical_not()] = saved["next_state"].to(self.state.device)
+        self.next_row = (saved["newest"] + 1) % self.rows
+        self.newest.fill_(saved["newest"])
+        self.filled.fill_(filled)
 
     def n_step_return(self, row, env):
         """From rows and environments (B,): reward (B,), discount (B,), and the row (B,) of the last step reached.
@@ -437,10 +470,11 @@ class Replay:
 
 
 # ---- The update ----
-class Learner:
+class Learner(nn.Module):
     """Networks, targets, optimisers and loss histories, and the updates that change them in place on the device."""
 
     def __init__(self, state_size, low, high, args, device):
+        super().__init__()
         self.args = args
         self.num_agents, self.act_size = low.shape
         self.actor = Actor(state_size + self.num_agents, low, high, args).to(device)
@@ -451,6 +485,7 @@ class Learner:
         adam = dict(fused=True, capturable=device.type == "cuda")
         self.actor_optimizer = torch.optim.Adam(self.actor_parameters, lr=args.actor_lr, **adam)
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=args.critic_lr, **adam)
+        self.optimizers = [self.actor_optimizer, self.critic_optimizer]
         # in critic updates and in agents' updates, both the length of `history_length` policy updates
         critic_length, actor_length = args.history_length * args.policy_freq, args.history_length * self.num_agents
         self.critic_coefficient = AdaptiveCoefficient(args.critic_diversity_coef, critic_length, device)
@@ -541,13 +576,13 @@ class Learner:
 
 # ---- Command line ----
 def parse_args(argv=None):
-    """The checked arguments, tuned values filled in. Bad ones end in one line on stderr and exit code 2."""
-    args = experiment.read_command_line(Args, argv)
+    """(args, checkpoint or None), checked, tuned values filled in. Bad ones end in one line and exit code 2."""
+    args, checkpoint = experiment.read_command_line(Args, argv)
     for name, tuned in zip(("n_step", "policy_freq"), TUNED.get(args.env_id, UNTUNED), strict=True):
         if getattr(args, name) is None:
             setattr(args, name, tuned)
     check_args(args)
-    return args
+    return args, checkpoint
 
 
 def check_args(args):
@@ -565,33 +600,41 @@ def check_args(args):
 
 
 def main():
-    args = parse_args()
+    args, checkpoint = parse_args()
     device = experiment.choose_device(args)
     if args.evaluate is not None:
         experiment.evaluate_file(args, device, Actor)
         return
 
-    run_folder = experiment.make_run_folder(args)
-    writer = experiment.open_log(run_folder, args)
-    print(f"{run_folder} on {device}: sharing {args.sharing}, n_step {args.n_step}, policy_freq {args.policy_freq}")
+    stop = experiment.StopSignals()
     torch.manual_seed(args.seed)
+    with experiment.refuse_what_does_not_fit():
+        envs = MaMuJoCoVecEnv(args.env_id, args.num_envs, args.seed, args.num_threads, args.episode_limit)
+        space = envs.single_action_space
+        learner = Learner(envs.state_size, space.low, space.high, args, device)
+        actor = learner.actor
+        buffer_rows = -(-min(args.buffer_size, args.total_timesteps) // args.num_envs)
+        replay = Replay(buffer_rows, args.num_envs, envs.state_size, space.shape, args.n_step, args.gamma, device)
+        if args.eval_episodes:
+            eval_envs, eval_seed = experiment.make_eval_envs(args, args.num_threads)
 
-    envs = MaMuJoCoVecEnv(args.env_id, args.num_envs, args.seed, args.num_threads, args.episode_limit)
-    space = envs.single_action_space
-    learner = Learner(envs.state_size, space.low, space.high, args, device)
-    actor = learner.actor
-    buffer_rows = -(-min(args.buffer_size, args.total_timesteps) // args.num_envs)
-    replay = Replay(buffer_rows, args.num_envs, envs.state_size, space.shape, args.n_step, args.gamma, device)
-    if args.eval_episodes:
-        eval_envs, eval_seed = experiment.make_eval_envs(args, args.num_threads)
-
-    global_step = num_updates = 0
-    logs = {}
-    training_seconds, trained_steps = 0.0, 0  # without warm-up and evaluation
-    status = {}
-    obs, infos = envs.reset()
-    state = infos["state"]
-    progress = tqdm(total=args.total_timesteps, unit="step", unit_scale=True, dynamic_ncols=True)
+    global_step = num_updates = trained_steps = 0
+    training_seconds = 0.0  # without warm-up and evaluation
+    learning_starts = args.warmup_steps
+    logs, status = {}, {}
+    obs, _ = envs.reset()
+    if checkpoint is not None:
+        obs, counters = experiment.restore(checkpoint, learner, envs, replay)
+        global_step, num_updates, trained_steps, training_seconds, learning_starts = counters.values()
+        logs = checkpoint["logs"]
+        if checkpoint["replay"] is None:
+            learning_starts = global_step + args.warmup_steps
+            print(f"no replay buffer in the checkpoint: {args.warmup_steps} steps without learning fill a new one")
+        checkpoint = None  # frees its copy of the buffer
+    state = envs.state
+    run_folder, writer = experiment.open_run(args, global_step)
+    print(f"{run_folder} on {device}: sharing {args.sharing}, n_step {args.n_step}, policy_freq {args.policy_freq}")
+    progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", unit_scale=True, dynamic_ncols=True)
     while global_step < args.total_timesteps:
         previous_step, round_start = global_step, time.perf_counter()
 
@@ -619,7 +662,8 @@ def main():
                 writer.add_scalar("charts/episodic_length", episode["l"][ended].mean(), global_step)
 
         # learn
-        if global_step > args.warmup_steps:
+        learning = global_step > learning_starts
+        if learning:
             for _ in range(args.updates_per_round):
                 num_updates += 1
                 batch = replay.sample(args.batch_size)
@@ -633,7 +677,11 @@ def main():
                 writer.add_scalar("resets/critic_member", member, global_step)
 
         # log
-        if logs and reached(args.log_interval, previous_step, global_step):
+        finished, stopping = global_step >= args.total_timesteps, stop.received is not None
+        log_due = reached(args.log_interval, previous_step, global_step)
+        eval_due = finished or reached(args.eval_interval, previous_step, global_step)
+        checkpoint_due = finished or stopping or reached(args.checkpoint_interval, previous_step, global_step)
+        if logs and log_due:
             for name, value in logs.items():
                 writer.add_scalar(name, value.item(), global_step)
             for name, network in (("actor", actor), ("critic", learner.critic)):
@@ -642,29 +690,39 @@ def main():
                 writer.add_scalar(f"masks/{name}_difference", network.mask_difference().item(), global_step)
             writer.add_scalar("charts/updates", num_updates, global_step)
             writer.add_scalar("charts/unstable_episodes", infos["unstable"], global_step)
-        if global_step > args.warmup_steps:
+        if learning:
             training_seconds += time.perf_counter() - round_start
             trained_steps += global_step - previous_step
             status["SPS"] = int(trained_steps / training_seconds)
-            if reached(args.log_interval, previous_step, global_step):
+            if log_due:
                 writer.add_scalar("charts/SPS", status["SPS"], global_step)
+        if logs and (log_due or eval_due or checkpoint_due):
+            experiment.stop_if_diverged(learner, logs, num_updates, writer)
 
         # evaluate, save
-        finished = global_step >= args.total_timesteps
-        if args.eval_episodes and (finished or reached(args.eval_interval, previous_step, global_step)):
+        if args.eval_episodes and eval_due:
             returns, lengths = experiment.evaluate(actor, eval_envs, eval_seed)
             writer.add_scalar("charts/eval_return", returns.mean(), global_step)
             writer.add_scalar("charts/eval_return_std", returns.std(), global_step)
             writer.add_scalar("charts/eval_length", lengths.mean(), global_step)
             status["eval"] = f"{returns.mean():.1f}+-{returns.std():.1f}"
-        if args.save_model and (finished or reached(args.eval_interval, previous_step, global_step)):
+        if args.save_model and eval_due:
             experiment.save_model(os.path.join(run_folder, "model.pt"), learner, global_step)
+        if args.checkpoint_interval and checkpoint_due:
+            counters = dict(global_step=global_step, num_updates=num_updates, trained_steps=trained_steps)
+            counters |= dict(training_seconds=training_seconds, learning_starts=learning_starts)
+            kept = replay if args.checkpoint_buffer else None
+            seconds = experiment.write_checkpoint(run_folder, learner, envs, obs, counters, logs, kept)
+            writer.add_scalar("charts/checkpoint_seconds", seconds, global_step)
         progress.set_postfix(status, refresh=False)
         progress.update(global_step - previous_step)
+        if stopping:
+            break
 
     progress.close()
     writer.close()
     envs.close()
+    stop.exit()
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ class Run:
     """A training run, without what does not cost time."""
 
     def __init__(self, sharing, options, flags):
-        self.args = args = parse_args(["--env-id", options.env_id, "--sharing", sharing, *flags])
+        self.args = args = parse_args(["--env-id", options.env_id, "--sharing", sharing, *flags])[0]
         self.device = torch.device(options.device)
         self.envs = MaMuJoCoVecEnv(args.env_id, args.num_envs, args.seed, options.threads, args.episode_limit)
         space = self.envs.single_action_space

@@ -20,9 +20,11 @@ SCRIPT = Path(script.__file__)
 TINY = "--device cpu --total-timesteps 630 --num-envs 4 --rollout-steps 10 --num-epochs 2 --num-minibatches 2"
 TINY += " --hidden-size 32 --num-critics 3 --eval-interval 300 --eval-episodes 3 --episode-limit 17 --log-interval 100"
 TINY += " --actor-reset-interval 150 --critic-reset-interval 100 --actor-threshold-bias 0 --save-model"
+TINY += " --checkpoint-interval 300"
 TINY = TINY.split()
 METRICS = {
-    "charts": "eval_return eval_return_std eval_length episodic_return episodic_length SPS updates unstable_episodes",
+    "charts": "eval_return eval_return_std eval_length episodic_return episodic_length SPS updates unstable_episodes"
+    " checkpoint_seconds",
     "losses": "policy value entropy approx_kl clipfrac explained_variance actor_diversity critic_diversity",
     "coefficients": "actor critic",
     "values": "value",
@@ -33,6 +35,8 @@ METRICS = {
     ),
     "resets": "actor_weights critic_member",
 }
+
+TIMES = ("charts/SPS", "charts/checkpoint_seconds")  # what differs from run to run
 
 
 def run(*arguments, cwd):
@@ -121,7 +125,7 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit(sharing, tmp_path):
         assert code == 0, err
         (folder,) = (cwd / "runs").iterdir()
         models.append(torch.load(folder / "model.pt", weights_only=True))
-        logs.append({tag: series for tag, series in scalars(folder).items() if tag != "charts/SPS"})
+        logs.append({tag: series for tag, series in scalars(folder).items() if tag not in TIMES})
     for network in ("actor", "critic"):
         for key, value in models[0][network].items():
             assert torch.equal(value, models[1][network][key]), key
@@ -206,7 +210,7 @@ def test_cuda_where_there_is_none_in_a_process_of_its_own(tmp_path):
 
 
 def make_learner(**changes):
-    args = script.parse_args([]), np.ones((3, 2), np.float32)
+    args = script.parse_args([])[0], np.ones((3, 2), np.float32)
     for name, value in (dict(hidden_size=16) | changes).items():
         setattr(args[0], name, value)
     return script.Learner(7, -args[1], args[1], args[0], torch.device("cpu"))
@@ -249,18 +253,18 @@ def test_a_saved_actor_loads_as_it_was_and_not_on_another_task(sharing, tmp_path
 
 
 def test_flags_win_over_tuned_values():
-    args = script.parse_args(["--env-id", "Walker2d-v2-2x3"])
+    args = script.parse_args(["--env-id", "Walker2d-v2-2x3"])[0]
     assert tuple(getattr(args, name) for name in script.TUNED_FLAGS) == (200, 5, 2, 0.05, 0.0, 1e-3, True)
-    args = script.parse_args(["--env-id", "Walker2d-v2-2x3", "--clip", "0.3", "--lr-decay", "False"])
+    args = script.parse_args(["--env-id", "Walker2d-v2-2x3", "--clip", "0.3", "--lr-decay", "False"])[0]
     assert (args.clip, args.lr_decay, args.num_minibatches) == (0.3, False, 2)
-    args = script.parse_args(["--env-id", "Reacher-v2-2x1"])
+    args = script.parse_args(["--env-id", "Reacher-v2-2x1"])[0]
     assert tuple(getattr(args, name) for name in script.TUNED_FLAGS) == script.UNTUNED
 
 
 def test_standard_deviations_are_per_agent_where_nothing_is_shared():
-    assert script.parse_args([]).log_std == script.parse_args(["--sharing", "full"]).log_std == "shared"
-    assert script.parse_args(["--sharing", "none"]).log_std == "agent"
-    assert script.parse_args(["--sharing", "none", "--log-std", "shared"]).log_std == "shared"
+    assert script.parse_args([])[0].log_std == script.parse_args(["--sharing", "full"])[0].log_std == "shared"
+    assert script.parse_args(["--sharing", "none"])[0].log_std == "agent"
+    assert script.parse_args(["--sharing", "none", "--log-std", "shared"])[0].log_std == "shared"
 
 
 def test_help_explains_every_flag(capsys):
