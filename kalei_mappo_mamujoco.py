@@ -99,7 +99,7 @@ class Args:
     output_gain: float = 0.01
     """gain of the actor's output layer at the start"""
     log_std: Literal["shared", "agent"] | None = None
-    """one std per action dimension for all agents, or for each; by default agent with --sharing none, else shared"""
+    """one std per action dimension for all agents, or for each; by default shared with --sharing full, else agent"""
 
     # masks of the actor, one an agent
     actor_threshold_scale: float = 5.0
@@ -634,7 +634,7 @@ def parse_args(argv=None):
     for name, tuned in zip(TUNED_FLAGS, TUNED.get(args.env_id, UNTUNED), strict=True):
         if getattr(args, name) is None:
             setattr(args, name, tuned)
-    args.log_std = args.log_std or ("agent" if args.sharing == "none" else "shared")
+    args.log_std = args.log_std or ("shared" if args.sharing == "full" else "agent")
     check_args(args)
     return args, checkpoint
 

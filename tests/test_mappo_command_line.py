@@ -99,7 +99,7 @@ def test_hyperparameters_are_logged_as_resolved(trained):
     events = EventAccumulator(str(folder)).Reload()
     table = events.Tensors("hyperparameters/text_summary")[0].tensor_proto.string_val[0].decode()
     clip = dict(zip(script.TUNED_FLAGS, script.TUNED.get(env_id, script.UNTUNED), strict=True))["clip"]
-    log_std = "agent" if sharing == "none" else "shared"
+    log_std = "shared" if sharing == "full" else "agent"
     for row in (f"|sharing|{sharing}|", f"|clip|{clip}|", "|rollout_steps|10|", f"|log_std|{log_std}|"):
         assert row in table
     assert len(re.findall(r"^\|\w+\|.*\|$", table, re.M)) == 1 + len(script.Args.__dataclass_fields__)
@@ -239,7 +239,7 @@ def test_evaluating_what_is_not_a_model(content, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("sharing", ["kaleidoscope", "full", "none"])
 def test_a_saved_actor_loads_as_it_was_and_not_on_another_task(sharing, tmp_path, capsys):
-    path, log_std = str(tmp_path / "model.pt"), "agent" if sharing == "none" else "shared"
+    path, log_std = str(tmp_path / "model.pt"), "shared" if sharing == "full" else "agent"
     learner = make_learner(env_id="Hopper-v2-3x1", sharing=sharing, log_std=log_std)
     experiment.save_model(path, learner, 0)
     actor, args = experiment.load_actor(path, script.Args.env_id, torch.device("cpu"), script.Actor, script.Args)
@@ -262,8 +262,8 @@ def test_flags_win_over_tuned_values():
 
 
 def test_standard_deviations_are_per_agent_where_nothing_is_shared():
-    assert script.parse_args([])[0].log_std == script.parse_args(["--sharing", "full"])[0].log_std == "shared"
-    assert script.parse_args(["--sharing", "none"])[0].log_std == "agent"
+    assert script.parse_args([])[0].log_std == script.parse_args(["--sharing", "none"])[0].log_std == "agent"
+    assert script.parse_args(["--sharing", "full"])[0].log_std == "shared"
     assert script.parse_args(["--sharing", "none", "--log-std", "shared"])[0].log_std == "shared"
 
 
