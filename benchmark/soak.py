@@ -1,0 +1,127 @@
+"""Train for a long time, killing the run at random instants and resuming it each time, and watch what it leaves behind.
+
+    python benchmark/soak.py --minutes 120 --kill-after 30 300
+    python benchmark/soak.py --kills 100 --kill-after 0.1 4  # a hundred kills -9 of a small run
+    python benchmark/soak.py --script kalei_mappo_mamujoco.py --minutes 30  # flags it does not know go to the script
+
+A kill is SIGKILL or, one time in four, SIGTERM, so many seconds after the run has gone on, or has written its first
+checkpoint. After every kill the checkpoint is read; the run is then resumed from it, and must go on from its step.
+Prints a line for each life of the run: how it ended, the steps it reached, and the resident memory, threads and open
+files of the process, early and late in it. Exit code 1 if anything was lost. Linux only (/proc).
+"""
+
+import dataclasses
+import importlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from experiment import read_checkpoint  # noqa: E402
+
+SMALL = "--env-id HalfCheetah-v2-2x3 --device cpu --total-timesteps 1000000000 --hidden-size 64 --num-critics 3"
+SMALL += " --checkpoint-interval 1000 --log-interval 1000 --eval-interval 20000 --eval-episodes 2 --num-threads 1"
+SMALL_REPLAY = "--buffer-size 20000 --warmup-steps 2000 --batch-size 100"
+PAGE = os.sysconf("SC_PAGE_SIZE") / 2**20  # MiB
+
+
+@dataclasses.dataclass
+class Options:
+    script: Literal["kalei_matd3_mamujoco.py", "kalei_mappo_mamujoco.py"] = "kalei_matd3_mamujoco.py"
+    """which script trains, with a small network and a replay buffer that is soon full, unless flags say otherwise"""
+    minutes: float = 1e9
+    """stop after so many minutes"""
+    kills: int = 10**9
+    """stop after so many kills"""
+    kill_after: tuple[float, float] = (5.0, 60.0)
+    """seconds after which a kill comes, uniform between these"""
+    seed: int = 0
+    """of the instants and the kinds of kills"""
+
+
+def usage(pid):
+    """(resident MiB, threads, open files) of a process."""
+    resident = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE
+    return resident, len(os.listdir(f"/proc/{pid}/task")), len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def wait_for(condition, process, seconds=300):
+    """Wait until the condition holds: False if the process has ended or time is over before."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if process.poll() is not None or time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def main():
+    options, flags = tyro.cli(Options, return_unknown_args=True)
+    args_class = importlib.import_module(options.script.removesuffix(".py")).Args
+    draw = random.Random(options.seed)
+    base = SMALL.split() + (SMALL_REPLAY.split() if "matd3" in options.script else []) + flags
+    failures = kills = last_step = 0
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder, open(Path(folder, "output"), "wb") as output:
+        command = [sys.executable, str(ROOT / options.script)]
+        run = None
+        print("| life | ended by | from step | to step | MiB early | MiB late | MiB highest | threads | open files |")
+        print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+        while kills < options.kills and time.monotonic() - start < options.minutes * 60:
+            more = base if run is None else ["--resume", str(run)]
+            process = subprocess.Popen(command + more, cwd=folder, stdout=output, stderr=output)
+            if run is None:
+                started = wait_for(lambda: list(Path(folder).glob("runs/*/checkpoint.pt")), process)
+                run = next(Path(folder).glob("runs/*"))
+            else:  # it goes on when its own event file is there
+                known = len(list(run.glob("events*")))
+                started = wait_for(lambda run=run, known=known: len(list(run.glob("events*"))) > known, process)
+            if not started:
+                failures += 1
+                print(f"life {kills + 1} did not start; its output ends with")
+                print("\n".join(Path(folder, "output").read_text(errors="replace").splitlines()[-5:]))
+                process.kill()
+                break
+            after = draw.uniform(*options.kill_after)
+            samples, end = [], time.monotonic() + after
+            while time.monotonic() < end and process.poll() is None:
+                samples.append(usage(process.pid))
+                time.sleep(min(1.0, max(end - time.monotonic(), 0)))
+            ended = process.poll()
+            number = signal.SIGTERM if draw.random() < 0.25 else signal.SIGKILL
+            process.send_signal(number)
+            code = process.wait(300)
+            kills += 1
+            try:
+                step = read_checkpoint(run, args_class)["counters"]["global_step"]
+            except SystemExit:
+                step = -1
+            expected = 143 if number == signal.SIGTERM else -9
+            wrong = ended is not None or code != expected or step < last_step
+            failures += wrong
+            resident, threads, files = zip(*(samples or [(0, 0, 0)]), strict=True)
+            early, late = resident[len(resident) // 3], resident[-1]
+            memory = f"{early:.0f} | {late:.0f} | {max(resident):.0f}"
+            what = f"{signal.Signals(number).name}{', WRONG' if wrong else ''}"
+            print(
+                f"| {kills} | {what} ({code}) | {last_step} | {step} | {memory} | {threads[-1]} | {files[-1]} |",
+                flush=True,
+            )
+            last_step = step
+    minutes = (time.monotonic() - start) / 60
+    print(f"\n{options.script}: {kills} kills in {minutes:.0f} minutes, {last_step} steps, {failures} failures")
+    sys.exit(failures > 0)
+
+
+if __name__ == "__main__":
+    main()
