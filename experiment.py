@@ -147,15 +147,37 @@ def make_run_folder(args):
             fail(f"{error.filename}: {error.strerror}, expected a folder to write to")
 
 
+class Log(SummaryWriter):
+    """A SummaryWriter whose scalars do not end the training where a disk is full or a folder gone: they are lost."""
+
+    silent_until = 0.0  # on time.monotonic()
+
+    def add_scalar(self, *args, **kwargs):
+        if time.monotonic() < self.silent_until:
+            return
+        try:
+            super().add_scalar(*args, **kwargs)
+        except OSError as error:  # of an earlier scalar, since a thread writes them
+            warn(f"{self.log_dir}: {error.strerror or error}; training goes on, scalars of the next minute are lost")
+            self.file_writer = self.all_writers = None  # the next scalar opens a new file
+            self.silent_until = time.monotonic() + 60
+
+    def close(self):
+        try:
+            super().close()
+        except OSError as error:
+            warn(f"{self.log_dir}: {error.strerror or error}; the latest scalars are lost")
+
+
 def open_run(args, global_step):
     """(run folder, TensorBoard's SummaryWriter): new ones, or those of the run that is resumed at global_step.
 
     TensorBoard then drops what the run had logged after that step.
     """
     if args.resume is not None:
-        return args.resume, SummaryWriter(args.resume, purge_step=global_step + 1)
+        return args.resume, Log(args.resume, purge_step=global_step + 1)
     run_folder = make_run_folder(args)
-    writer = SummaryWriter(run_folder)
+    writer = Log(run_folder)
     rows = "\n".join(f"|{name}|{value}|" for name, value in dataclasses.asdict(args).items())
     writer.add_text("hyperparameters", f"|name|value|\n|-|-|\n{rows}")
     return run_folder, writer
