@@ -20,6 +20,7 @@ import zipfile
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import tyro
 from torch.utils.tensorboard import SummaryWriter
 
@@ -125,9 +126,56 @@ def check_common_args(args):
     require(args, "layer_weights", lambda x: all(0 <= w < math.inf for w in x), "finite numbers of at least 0")
 
 
-def choose_device(args):
-    """torch.device of --device."""
-    return torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+# ---- Several processes, started by torchrun, each with environments of its own; alone, none of this does anything ----
+def start(args):
+    """(device, rank, number of processes): joins the others that torchrun started, if it did."""
+    kind = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if "WORLD_SIZE" not in os.environ:
+        return torch.device(kind), 0, 1
+    if args.checkpoint_interval or args.resume is not None:
+        flag = "--resume" if args.resume is not None else "--checkpoint-interval"
+        fail(f"{flag} is set, expected neither checkpoints nor --resume with torchrun: they hold one process only")
+    if kind == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    return torch.device(kind), dist.get_rank(), dist.get_world_size()
+
+
+def average(tensors):
+    """Replace tensors by their means over the processes, in place, in one exchange."""
+    if not dist.is_initialized():
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    parts = (flat / dist.get_world_size()).split([tensor.numel() for tensor in tensors])
+    for tensor, part in zip(tensors, parts, strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def mean_std(x):
+    """Mean and standard deviation of all entries of x in all processes, each with as many."""
+    if not dist.is_initialized():
+        return x.mean(), x.std(correction=0)
+    mean, square = moments = torch.stack([x.mean(), x.square().mean()])
+    average([moments])
+    return mean, (square - mean.square()).clamp(min=0).sqrt()
+
+
+@torch.no_grad()
+def broadcast(network):
+    """Give all processes the parameters of the first, where each has drawn some of its own."""
+    if dist.is_initialized():
+        for parameter in network.parameters():
+            dist.broadcast(parameter, 0)
+
+
+def any_process(condition, device):
+    """Whether the condition holds in one process at least."""
+    if not dist.is_initialized():
+        return condition
+    holds = torch.tensor(float(condition), device=device)
+    dist.all_reduce(holds, dist.ReduceOp.MAX)
+    return holds.item() > 0
 
 
 # ---- Run folder ----
@@ -145,6 +193,16 @@ def make_run_folder(args):
             now += 1  # another run started in this second
         except OSError as error:
             fail(f"{error.filename}: {error.strerror}, expected a folder to write to")
+
+
+class NoLog:
+    """Stands in for Log in all processes but the first."""
+
+    def add_scalar(self, *args, **kwargs):
+        pass
+
+    def close(self):
+        pass
 
 
 class Log(SummaryWriter):
@@ -169,11 +227,13 @@ class Log(SummaryWriter):
             warn(f"{self.log_dir}: {error.strerror or error}; the latest scalars are lost")
 
 
-def open_run(args, global_step):
-    """(run folder, TensorBoard's SummaryWriter): new ones, or those of the run that is resumed at global_step.
+def open_run(args, global_step, rank=0):
+    """(run folder, Log): new ones, or those of the run that is resumed at global_step.
 
-    TensorBoard then drops what the run had logged after that step.
+    TensorBoard then drops what the run had logged after that step. All processes but the first have none.
     """
+    if rank > 0:
+        return None, NoLog()
     if args.resume is not None:
         return args.resume, Log(args.resume, purge_step=global_step + 1)
     run_folder = make_run_folder(args)
@@ -382,6 +442,11 @@ class StopSignals:
         """End with the exit code of the signal, 130 or 143; return if there was none."""
         if self.received is not None:
             sys.exit(128 + self.received)
+
+
+def end_processes():
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def stop_if_diverged(learner, logs, num_updates, writer):

@@ -340,6 +340,7 @@ class ValueNorm(nn.Module):
 
     def update(self, returns):
         latest = torch.stack([returns.mean(), returns.square().mean(), torch.ones_like(self.averages[0])])
+        experiment.average([latest])
         self.averages.lerp_(latest, 1 - self.beta)
 
     def mean_std(self):
@@ -408,7 +409,9 @@ class AdaptiveCoefficient(nn.Module):
         self.register_buffer("slot", torch.zeros(1, dtype=torch.long, device=device))
 
     def forward(self, rl_loss, diversity):
-        self.losses.index_copy_(1, self.slot, torch.stack([rl_loss, diversity]).detach()[:, None])
+        latest = torch.stack([rl_loss, diversity]).detach()
+        experiment.average([latest])
+        self.losses.index_copy_(1, self.slot, latest[:, None])
         self.slot.add_(1).remainder_(self.losses.shape[1])
         rl_sum, diversity_sum = self.losses.sum(1)
         ratio = rl_sum / torch.where(diversity_sum == 0, 1.0, diversity_sum)
@@ -552,6 +555,7 @@ class Learner(nn.Module):
         advantages = estimate_advantages(rollout.reward, values, next_values, *ends, args.gamma, args.gae_lambda)
         returns = advantages + values
         critic.value_norm.update(returns)
+        mean, std = experiment.mean_std(advantages)
 
         obs = agent_observations(rollout.state.flatten(0, 1), self.num_agents).transpose(0, 1).contiguous()
         actions = rollout.actions.flatten(0, 1).transpose(0, 1).contiguous()
@@ -560,7 +564,7 @@ class Learner(nn.Module):
             obs=obs,
             actions=actions,
             log_prob=self.actor.log_prob(obs, actions, self.actor.effective_layers()),
-            advantages=((advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-5)).flatten(),
+            advantages=((advantages - mean) / (std + 1e-5)).flatten(),
             values=predictions[:, : len(state)].contiguous(),
             returns=critic.value_norm.normalise(returns).flatten(),
         )
@@ -570,6 +574,7 @@ class Learner(nn.Module):
     def step(self, optimizer, network, loss):
         optimizer.zero_grad()
         loss.backward()
+        experiment.average([parameter.grad for parameter in network.parameters()])
         nn.utils.clip_grad_norm_(network.parameters(), self.args.max_grad_norm)
         optimizer.step()
 
@@ -654,15 +659,16 @@ def check_args(args):
 
 def main():
     args, checkpoint = parse_args()
-    device = experiment.choose_device(args)
+    device, rank, num_processes = experiment.start(args)
     if args.evaluate is not None:
         experiment.evaluate_file(args, device, Actor)
         return
 
     stop = experiment.StopSignals()
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # the same weights in all processes
+    seed = args.seed + 2**32 * rank  # and other environments and draws
     with experiment.refuse_what_does_not_fit():
-        envs = MaMuJoCoVecEnv(args.env_id, args.num_envs, args.seed, args.num_threads, args.episode_limit)
+        envs = MaMuJoCoVecEnv(args.env_id, args.num_envs, seed, args.num_threads, args.episode_limit)
         space = envs.single_action_space
         learner = Learner(envs.state_size, space.low, space.high, args, device)
         actor = learner.actor
@@ -670,7 +676,9 @@ def main():
         if args.eval_episodes:
             eval_envs, eval_seed = experiment.make_eval_envs(args, args.num_threads)
 
-    num_threads = torch.get_num_threads()
+    if rank > 0:
+        torch.manual_seed(seed)
+    num_threads, num_envs = torch.get_num_threads(), args.num_envs * num_processes
     global_step = num_updates = 0
     training_seconds = 0.0  # without evaluation
     status = {}
@@ -679,12 +687,14 @@ def main():
         obs, counters = experiment.restore(checkpoint, learner, envs)
         global_step, num_updates, training_seconds = counters.values()
     state = envs.state
-    run_folder, writer = experiment.open_run(args, global_step)
-    tuned = ", ".join(f"{name} {getattr(args, name)}" for name in TUNED_FLAGS)
-    print(f"{run_folder} on {device}: sharing {args.sharing}, {tuned}")
-    steps_per_rollout = args.rollout_steps * args.num_envs
+    run_folder, writer = experiment.open_run(args, global_step, rank)
+    if rank == 0:
+        tuned = ", ".join(f"{name} {getattr(args, name)}" for name in TUNED_FLAGS)
+        print(f"{run_folder} on {num_processes} x {device}: sharing {args.sharing}, {tuned}")
+    steps_per_rollout = args.rollout_steps * num_envs
     num_steps = -(-args.total_timesteps // steps_per_rollout) * steps_per_rollout
-    progress = tqdm(total=num_steps, initial=global_step, unit="step", unit_scale=True, dynamic_ncols=True)
+    bar = dict(unit="step", unit_scale=True, dynamic_ncols=True, disable=rank > 0)
+    progress = tqdm(total=num_steps, initial=global_step, **bar)
     while global_step < args.total_timesteps:
         previous_step, round_start = global_step, time.perf_counter()
 
@@ -701,7 +711,7 @@ def main():
             outcome = dict(reward=reward, next_state=infos["final_state"], terminated=terminated, truncated=truncated)
             rollout.add(step, state=state, actions=actions, **outcome)
             state = infos["state"]
-            global_step += args.num_envs
+            global_step += num_envs
             if "episode" in infos:
                 ended, episode = infos["_episode"], infos["episode"]
                 writer.add_scalar("charts/episodic_return", episode["r"][ended].mean(), global_step)
@@ -715,15 +725,20 @@ def main():
         num_updates += args.num_epochs * args.num_minibatches
         if reset_due(args.actor_reset_interval, previous_step, global_step, args.total_timesteps):
             num_reset = reset_actor(actor, args.actor_reset_ratio)
+            experiment.broadcast(actor)
             writer.add_scalar("resets/actor_weights", num_reset.item(), global_step)
         critic_reset_due = reset_due(args.critic_reset_interval, previous_step, global_step, args.total_timesteps)
         if args.num_critics > 1 and critic_reset_due:
             member = member_to_reset(global_step, args)
             reset_critic(learner.critic, member)
+            experiment.broadcast(learner.critic)
             writer.add_scalar("resets/critic_member", member, global_step)
 
         # log
-        finished, stopping = global_step >= args.total_timesteps, stop.received is not None
+        finished, stopping = (
+            global_step >= args.total_timesteps,
+            experiment.any_process(stop.received is not None, device),
+        )
         log_due = reached(args.log_interval, previous_step, global_step)
         eval_due = finished or reached(args.eval_interval, previous_step, global_step)
         checkpoint_due = finished or stopping or reached(args.checkpoint_interval, previous_step, global_step)
@@ -744,12 +759,12 @@ def main():
             experiment.stop_if_diverged(learner, logs, num_updates, writer)
 
         # evaluate, save
-        if args.eval_episodes and eval_due:
+        if rank == 0 and args.eval_episodes and eval_due:
             returns, lengths = experiment.evaluate(actor, eval_envs, eval_seed)
             for name, value in (("return", returns.mean()), ("return_std", returns.std()), ("length", lengths.mean())):
                 writer.add_scalar(f"charts/eval_{name}", value, global_step)
             status["eval"] = f"{returns.mean():.1f}+-{returns.std():.1f}"
-        if args.save_model and eval_due:
+        if rank == 0 and args.save_model and eval_due:
             experiment.save_model(os.path.join(run_folder, "model.pt"), learner, global_step)
         if args.checkpoint_interval and checkpoint_due:
             counters = dict(global_step=global_step, num_updates=num_updates, training_seconds=training_seconds)
@@ -763,6 +778,7 @@ def main():
     progress.close()
     writer.close()
     envs.close()
+    experiment.end_processes()
     stop.exit()
 
 

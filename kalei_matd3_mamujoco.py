@@ -322,7 +322,9 @@ class AdaptiveCoefficient(nn.Module):
         self.register_buffer("slot", torch.zeros(1, dtype=torch.long, device=device))
 
     def forward(self, rl_loss, diversity):
-        self.losses.index_copy_(1, self.slot, torch.stack([rl_loss, diversity]).detach()[:, None])
+        latest = torch.stack([rl_loss, diversity]).detach()
+        experiment.average([latest])
+        self.losses.index_copy_(1, self.slot, latest[:, None])
         self.slot.add_(1).remainder_(self.losses.shape[1])
         rl_sum, diversity_sum = self.losses.sum(1)
         ratio = rl_sum / torch.where(diversity_sum == 0, 1.0, diversity_sum)
@@ -513,6 +515,7 @@ class Learner(nn.Module):
         total = loss + coefficient * diversity
         self.critic_optimizer.zero_grad()
         total.backward()
+        experiment.average([parameter.grad for parameter in self.critic.parameters()])
         self.critic_optimizer.step()
         return {
             "losses/critic": loss.detach(),
@@ -550,6 +553,7 @@ class Learner(nn.Module):
             total.backward(inputs=self.actor_parameters)  # leaves the critic's gradients alone
             # gradients towards networks of their own do not meet: one step at the end is one for each agent
             if args.sharing != "none" or agent == self.num_agents - 1:
+                experiment.average([parameter.grad for parameter in self.actor_parameters])
                 self.actor_optimizer.step()
                 self.actor_optimizer.zero_grad()
             logs.append(torch.stack([loss.detach(), diversity.detach(), coefficient]))
@@ -601,23 +605,29 @@ def check_args(args):
 
 def main():
     args, checkpoint = parse_args()
-    device = experiment.choose_device(args)
+    device, rank, num_processes = experiment.start(args)
     if args.evaluate is not None:
         experiment.evaluate_file(args, device, Actor)
         return
+    expected = f"a multiple of the {num_processes} processes"
+    experiment.require(args, "batch_size", lambda x: x % num_processes == 0, expected)
 
     stop = experiment.StopSignals()
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # the same weights in all processes
+    seed = args.seed + 2**32 * rank  # and other environments and draws
     with experiment.refuse_what_does_not_fit():
-        envs = MaMuJoCoVecEnv(args.env_id, args.num_envs, args.seed, args.num_threads, args.episode_limit)
+        envs = MaMuJoCoVecEnv(args.env_id, args.num_envs, seed, args.num_threads, args.episode_limit)
         space = envs.single_action_space
         learner = Learner(envs.state_size, space.low, space.high, args, device)
         actor = learner.actor
-        buffer_rows = -(-min(args.buffer_size, args.total_timesteps) // args.num_envs)
+        num_envs = args.num_envs * num_processes
+        buffer_rows = -(-min(args.buffer_size, args.total_timesteps) // num_envs)
         replay = Replay(buffer_rows, args.num_envs, envs.state_size, space.shape, args.n_step, args.gamma, device)
         if args.eval_episodes:
             eval_envs, eval_seed = experiment.make_eval_envs(args, args.num_threads)
 
+    if rank > 0:
+        torch.manual_seed(seed)
     global_step = num_updates = trained_steps = 0
     training_seconds = 0.0  # without warm-up and evaluation
     learning_starts = args.warmup_steps
@@ -632,16 +642,19 @@ def main():
             print(f"no replay buffer in the checkpoint: {args.warmup_steps} steps without learning fill a new one")
         checkpoint = None  # frees its copy of the buffer
     state = envs.state
-    run_folder, writer = experiment.open_run(args, global_step)
-    print(f"{run_folder} on {device}: sharing {args.sharing}, n_step {args.n_step}, policy_freq {args.policy_freq}")
-    progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", unit_scale=True, dynamic_ncols=True)
+    run_folder, writer = experiment.open_run(args, global_step, rank)
+    if rank == 0:
+        tuned = f"n_step {args.n_step}, policy_freq {args.policy_freq}"
+        print(f"{run_folder} on {num_processes} x {device}: sharing {args.sharing}, {tuned}")
+    bar = dict(unit="step", unit_scale=True, dynamic_ncols=True, disable=rank > 0)
+    progress = tqdm(total=args.total_timesteps, initial=global_step, **bar)
     while global_step < args.total_timesteps:
         previous_step, round_start = global_step, time.perf_counter()
 
         # act: the weights stay the same for a whole round, and so do the effective ones
         with torch.no_grad():
             layers = actor.effective_layers()
-        steps_left = -(-(args.total_timesteps - global_step) // args.num_envs)
+        steps_left = -(-(args.total_timesteps - global_step) // num_envs)
         for _ in range(min(args.train_interval, steps_left)):
             with torch.no_grad():
                 if global_step < args.warmup_steps:
@@ -655,7 +668,7 @@ def main():
             obs, reward, terminated, truncated, infos = envs.step(actions)
             replay.add(state, actions, reward, infos["final_state"], terminated, truncated)
             state = infos["state"]
-            global_step += args.num_envs
+            global_step += num_envs
             if "episode" in infos:
                 ended, episode = infos["_episode"], infos["episode"]
                 writer.add_scalar("charts/episodic_return", episode["r"][ended].mean(), global_step)
@@ -666,18 +679,23 @@ def main():
         if learning:
             for _ in range(args.updates_per_round):
                 num_updates += 1
-                batch = replay.sample(args.batch_size)
+                batch = replay.sample(args.batch_size // num_processes)
                 logs |= learner.update(batch, with_policy=num_updates % args.policy_freq == 0)
             if reset_due(args.actor_reset_interval, previous_step, global_step, args.total_timesteps):
                 num_reset = reset_actor(actor, args.actor_reset_ratio)
+                experiment.broadcast(actor)
                 writer.add_scalar("resets/actor_weights", num_reset.item(), global_step)
             if reset_due(args.critic_reset_interval, previous_step, global_step, args.total_timesteps):
                 member = member_to_reset(global_step, args)
                 reset_critic(learner.critic, member)
+                experiment.broadcast(learner.critic)
                 writer.add_scalar("resets/critic_member", member, global_step)
 
         # log
-        finished, stopping = global_step >= args.total_timesteps, stop.received is not None
+        finished, stopping = (
+            global_step >= args.total_timesteps,
+            experiment.any_process(stop.received is not None, device),
+        )
         log_due = reached(args.log_interval, previous_step, global_step)
         eval_due = finished or reached(args.eval_interval, previous_step, global_step)
         checkpoint_due = finished or stopping or reached(args.checkpoint_interval, previous_step, global_step)
@@ -700,13 +718,13 @@ def main():
             experiment.stop_if_diverged(learner, logs, num_updates, writer)
 
         # evaluate, save
-        if args.eval_episodes and eval_due:
+        if rank == 0 and args.eval_episodes and eval_due:
             returns, lengths = experiment.evaluate(actor, eval_envs, eval_seed)
             writer.add_scalar("charts/eval_return", returns.mean(), global_step)
             writer.add_scalar("charts/eval_return_std", returns.std(), global_step)
             writer.add_scalar("charts/eval_length", lengths.mean(), global_step)
             status["eval"] = f"{returns.mean():.1f}+-{returns.std():.1f}"
-        if args.save_model and eval_due:
+        if rank == 0 and args.save_model and eval_due:
             experiment.save_model(os.path.join(run_folder, "model.pt"), learner, global_step)
         if args.checkpoint_interval and checkpoint_due:
             counters = dict(global_step=global_step, num_updates=num_updates, trained_steps=trained_steps)
@@ -722,6 +740,7 @@ def main():
     progress.close()
     writer.close()
     envs.close()
+    experiment.end_processes()
     stop.exit()
 
 
