@@ -13,6 +13,7 @@ import io
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -23,6 +24,7 @@ import torch
 import torch.distributed as dist
 import tyro
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 from mamujoco_env import MaMuJoCoVecEnv, parse_env_id
 
@@ -35,12 +37,13 @@ RESUME_MAY_CHANGE += " checkpoint_interval checkpoint_buffer"
 # ---- Command line ----
 def fail(message):
     """End with one line on stderr and exit code 2."""
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    say(f"error: {' '.join(str(message).split())}")
     sys.exit(2)
 
 
-def warn(message):
-    print(f"warning: {message}", file=sys.stderr)
+def say(line):
+    """A line on stderr, above the progress bar if there is one."""
+    tqdm.write(line, file=sys.stderr)
 
 
 def read_flags(args_class, argv, default):
@@ -216,7 +219,7 @@ class Log(SummaryWriter):
         try:
             super().add_scalar(*args, **kwargs)
         except OSError as error:  # of an earlier scalar, since a thread writes them
-            warn(f"{self.log_dir}: {error.strerror or error}; training goes on, scalars of the next minute are lost")
+            say(f"warning: {self.log_dir}: {error.strerror or error}; training goes on, a minute of scalars is lost")
             self.file_writer = self.all_writers = None  # the next scalar opens a new file
             self.silent_until = time.monotonic() + 60
 
@@ -224,7 +227,7 @@ class Log(SummaryWriter):
         try:
             super().close()
         except OSError as error:
-            warn(f"{self.log_dir}: {error.strerror or error}; the latest scalars are lost")
+            say(f"warning: {self.log_dir}: {error.strerror or error}; the latest scalars are lost")
 
 
 def open_run(args, global_step, rank=0):
@@ -234,13 +237,18 @@ def open_run(args, global_step, rank=0):
     """
     if rank > 0:
         return None, NoLog()
-    if args.resume is not None:
-        return args.resume, Log(args.resume, purge_step=global_step + 1)
-    run_folder = make_run_folder(args)
-    writer = Log(run_folder)
-    rows = "\n".join(f"|{name}|{value}|" for name, value in dataclasses.asdict(args).items())
-    writer.add_text("hyperparameters", f"|name|value|\n|-|-|\n{rows}")
-    return run_folder, writer
+    run_folder = args.resume if args.resume is not None else make_run_folder(args)
+    try:
+        if args.resume is not None:
+            return run_folder, Log(run_folder, purge_step=global_step + 1)
+        writer = Log(run_folder)
+        rows = "\n".join(f"|{name}|{value}|" for name, value in dataclasses.asdict(args).items())
+        writer.add_text("hyperparameters", f"|name|value|\n|-|-|\n{rows}")
+        return run_folder, writer
+    except OSError as error:
+        if args.resume is None:
+            shutil.rmtree(run_folder, ignore_errors=True)
+        fail(f"{run_folder}: {error.strerror or error}, expected a folder to write to")
 
 
 @contextlib.contextmanager
@@ -325,8 +333,9 @@ def write(path, content):
             os.fsync(file.fileno())
         os.replace(f"{path}.tmp", path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        reason = getattr(error, "strerror", None) or f"writing failed ({error})".split("\n")[0]
-        warn(f"{path}: {reason}; training goes on, and what was there before stays")
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = getattr(cause, "strerror", None) or str(error).split("\n")[0]
+        say(f"warning: {path}: {reason}; training goes on, and what was there before stays")
         with contextlib.suppress(OSError):
             os.remove(f"{path}.tmp")
         return False
@@ -358,9 +367,9 @@ def write_checkpoint(run_folder, learner, envs, obs, counters, logs=None, replay
     among them; logs: the latest losses by name; replay: has state_dict, or None to leave it out.
     """
     start = time.perf_counter()
-    random = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        random["cuda"] = torch.cuda.get_rng_state_all()
+    random, device = {"cpu": torch.get_rng_state()}, next(learner.parameters()).device
+    if device.type == "cuda":
+        random["cuda"] = torch.cuda.get_rng_state(device)
     content = {
         "format": CHECKPOINT_FORMAT,
         "args": dataclasses.asdict(learner.args),
@@ -392,12 +401,16 @@ def refuse_damage(path):
 def read_checkpoint(run_folder, args_class):
     """What write_checkpoint wrote, checked, with its arguments as an args_class and its path as "path"."""
     path = os.path.join(run_folder, "checkpoint.pt")
+    if not os.path.isdir(run_folder):
+        fail(f"--resume: {path}: {run_folder!r} is not a folder, expected that of a run")
     with refuse_damage(path):
         with zipfile.ZipFile(path) as file:  # torch.load does not look at the checksums
             damaged = file.testzip()
         if damaged is not None:
             raise ValueError(f"checksum of {damaged} is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(checkpoint, dict):
+            raise ValueError(f"holds a {type(checkpoint).__name__}")
         version = checkpoint["format"]
         if version != CHECKPOINT_FORMAT:
             raise ValueError(f"format {version}, expected {CHECKPOINT_FORMAT}; written by another version of this code")
@@ -407,8 +420,12 @@ def read_checkpoint(run_folder, args_class):
     return checkpoint
 
 
-def restore(checkpoint, learner, envs, replay=None):
-    """Put learner, environments, generators and, where it was kept, replay back where they were: (obs, counters)."""
+def restore(checkpoint, learner, envs, counters, replay=None):
+    """Put learner, environments, generators and, where it was kept, replay back where they were.
+
+    Returns obs, the counters of the names given, as a list, and logs.
+    """
+    device = next(learner.parameters()).device
     with refuse_damage(checkpoint["path"]):
         learner.load_state_dict(checkpoint["learner"])
         for optimizer, state in zip(learner.optimizers, checkpoint["optimizers"], strict=True):
@@ -417,9 +434,10 @@ def restore(checkpoint, learner, envs, replay=None):
         if replay is not None and checkpoint["replay"] is not None:
             replay.load_state_dict(checkpoint["replay"])
         torch.set_rng_state(checkpoint["random"]["cpu"])
-        if torch.cuda.is_available() and "cuda" in checkpoint["random"]:
-            torch.cuda.set_rng_state_all(checkpoint["random"]["cuda"])
-        return checkpoint["obs"].numpy(), checkpoint["counters"]
+        if device.type == "cuda" and "cuda" in checkpoint["random"]:
+            torch.cuda.set_rng_state(checkpoint["random"]["cuda"], device)
+        logs = {name: value.to(device) for name, value in (checkpoint["logs"] or {}).items()}
+        return checkpoint["obs"].numpy(), [checkpoint["counters"][name] for name in counters.split()], logs
 
 
 # ---- Stopping ----
@@ -436,12 +454,11 @@ class StopSignals:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.received = number
-        warn(f"{signal.Signals(number).name}: stopping after this block; a second signal stops at once")
+        say(f"warning: {signal.Signals(number).name}: stopping after this block; a second signal stops at once")
 
     def exit(self):
-        """End with the exit code of the signal, 130 or 143; return if there was none."""
-        if self.received is not None:
-            sys.exit(128 + self.received)
+        """End with the exit code of the signal, 130 or 143; that of another process counts as SIGTERM."""
+        sys.exit(128 + (self.received or signal.SIGTERM))
 
 
 def end_processes():
@@ -458,5 +475,5 @@ def stop_if_diverged(learner, logs, num_updates, writer):
     writer.close()
     name, value = list(values.items())[finite.index(False)]
     what = f"{name} is {value.item()}" if value.dim() == 0 else f"{name} has values that are not finite"
-    print(f"error: diverged: {what} at update {num_updates}; nothing was saved after it", file=sys.stderr)
+    say(f"error: diverged: {what} at update {num_updates}; nothing was saved after it")
     sys.exit(1)

@@ -684,8 +684,8 @@ def main():
     status = {}
     obs, _ = envs.reset()
     if checkpoint is not None:
-        obs, counters = experiment.restore(checkpoint, learner, envs)
-        global_step, num_updates, training_seconds = counters.values()
+        names = "global_step num_updates training_seconds"
+        obs, (global_step, num_updates, training_seconds), _ = experiment.restore(checkpoint, learner, envs, names)
     state = envs.state
     run_folder, writer = experiment.open_run(args, global_step, rank)
     if rank == 0:
@@ -735,10 +735,8 @@ def main():
             writer.add_scalar("resets/critic_member", member, global_step)
 
         # log
-        finished, stopping = (
-            global_step >= args.total_timesteps,
-            experiment.any_process(stop.received is not None, device),
-        )
+        finished = global_step >= args.total_timesteps
+        stopping = not finished and experiment.any_process(stop.received is not None, device)
         log_due = reached(args.log_interval, previous_step, global_step)
         eval_due = finished or reached(args.eval_interval, previous_step, global_step)
         checkpoint_due = finished or stopping or reached(args.checkpoint_interval, previous_step, global_step)
@@ -751,12 +749,11 @@ def main():
                 writer.add_scalar(f"masks/{name}_difference", network.mask_difference().item(), global_step)
             writer.add_scalar("charts/updates", num_updates, global_step)
             writer.add_scalar("charts/unstable_episodes", infos["unstable"], global_step)
+        experiment.stop_if_diverged(learner, logs, num_updates, writer)
         training_seconds += time.perf_counter() - round_start
         status["SPS"] = int(global_step / training_seconds)
         if log_due:
             writer.add_scalar("charts/SPS", status["SPS"], global_step)
-        if log_due or eval_due or checkpoint_due:
-            experiment.stop_if_diverged(learner, logs, num_updates, writer)
 
         # evaluate, save
         if rank == 0 and args.eval_episodes and eval_due:
@@ -779,7 +776,8 @@ def main():
     writer.close()
     envs.close()
     experiment.end_processes()
-    stop.exit()
+    if stopping:
+        stop.exit()
 
 
 if __name__ == "__main__":

@@ -634,9 +634,9 @@ def main():
     logs, status = {}, {}
     obs, _ = envs.reset()
     if checkpoint is not None:
-        obs, counters = experiment.restore(checkpoint, learner, envs, replay)
-        global_step, num_updates, trained_steps, training_seconds, learning_starts = counters.values()
-        logs = checkpoint["logs"]
+        names = "global_step num_updates trained_steps training_seconds learning_starts"
+        obs, counters, logs = experiment.restore(checkpoint, learner, envs, names, replay)
+        global_step, num_updates, trained_steps, training_seconds, learning_starts = counters
         if checkpoint["replay"] is None:
             learning_starts = global_step + args.warmup_steps
             print(f"no replay buffer in the checkpoint: {args.warmup_steps} steps without learning fill a new one")
@@ -692,10 +692,8 @@ def main():
                 writer.add_scalar("resets/critic_member", member, global_step)
 
         # log
-        finished, stopping = (
-            global_step >= args.total_timesteps,
-            experiment.any_process(stop.received is not None, device),
-        )
+        finished = global_step >= args.total_timesteps
+        stopping = not finished and experiment.any_process(stop.received is not None, device)
         log_due = reached(args.log_interval, previous_step, global_step)
         eval_due = finished or reached(args.eval_interval, previous_step, global_step)
         checkpoint_due = finished or stopping or reached(args.checkpoint_interval, previous_step, global_step)
@@ -709,13 +707,12 @@ def main():
             writer.add_scalar("charts/updates", num_updates, global_step)
             writer.add_scalar("charts/unstable_episodes", infos["unstable"], global_step)
         if learning:
+            experiment.stop_if_diverged(learner, logs, num_updates, writer)
             training_seconds += time.perf_counter() - round_start
             trained_steps += global_step - previous_step
             status["SPS"] = int(trained_steps / training_seconds)
             if log_due:
                 writer.add_scalar("charts/SPS", status["SPS"], global_step)
-        if logs and (log_due or eval_due or checkpoint_due):
-            experiment.stop_if_diverged(learner, logs, num_updates, writer)
 
         # evaluate, save
         if rank == 0 and args.eval_episodes and eval_due:
@@ -741,7 +738,8 @@ def main():
     writer.close()
     envs.close()
     experiment.end_processes()
-    stop.exit()
+    if stopping:
+        stop.exit()
 
 
 if __name__ == "__main__":
