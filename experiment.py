@@ -9,6 +9,7 @@ with weights_only=True), written beside the previous one and then put in its pla
 
 import contextlib
 import dataclasses
+import hashlib
 import io
 import math
 import os
@@ -17,7 +18,6 @@ import shutil
 import signal
 import sys
 import time
-import zipfile
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from tqdm import tqdm
 from mamujoco_env import MaMuJoCoVecEnv, parse_env_id
 
 CHECKPOINT_FORMAT = 1
+DIGEST = "sha256"
 # what --resume lets a user change, since none of it changes what the run has learnt so far
 RESUME_MAY_CHANGE = "resume total_timesteps device num_threads log_interval eval_interval eval_episodes save_model"
 RESUME_MAY_CHANGE += " checkpoint_interval checkpoint_buffer"
@@ -240,6 +241,11 @@ def open_run(args, global_step, rank=0):
     run_folder = args.resume if args.resume is not None else make_run_folder(args)
     try:
         if args.resume is not None:
+            # TensorBoard reads a run's files in the order of their names, which begin with the second they were made in
+            made = [
+                int(name.split(".")[3]) for name in os.listdir(run_folder) if name.startswith("events.out.tfevents.")
+            ]
+            time.sleep(min(max(max(made, default=0) + 1 - time.time(), 0), 1))
             return run_folder, Log(run_folder, purge_step=global_step + 1)
         writer = Log(run_folder)
         rows = "\n".join(f"|{name}|{value}|" for name, value in dataclasses.asdict(args).items())
@@ -321,14 +327,18 @@ def evaluate_file(args, device, actor_class):
 
 
 # ---- Checkpoints ----
-def write(path, content):
+def write(path, content, with_digest=False):
     """Save so that `path` holds the old content or the new, whole, whatever happens. Returns whether it holds the new.
 
+    With a digest of the file at its end, no change of it goes unnoticed; torch.load does not mind the digest.
     What goes wrong, such as a full disk or a folder that is gone, is reported on stderr, and the old file stays.
     """
     try:
-        with open(f"{path}.tmp", "wb") as file:
+        with open(f"{path}.tmp", "w+b") as file:
             torch.save(content, file)
+            if with_digest:
+                file.seek(0)
+                file.write(hashlib.file_digest(file, DIGEST).digest())
             file.flush()
             os.fsync(file.fileno())
         os.replace(f"{path}.tmp", path)
@@ -382,7 +392,7 @@ def write_checkpoint(run_folder, learner, envs, obs, counters, logs=None, replay
         "logs": logs,
         "replay": None if replay is None else replay.state_dict(),
     }
-    write(os.path.join(run_folder, "checkpoint.pt"), content)
+    write(os.path.join(run_folder, "checkpoint.pt"), content, with_digest=True)
     return time.perf_counter() - start
 
 
@@ -404,16 +414,25 @@ def read_checkpoint(run_folder, args_class):
     if not os.path.isdir(run_folder):
         fail(f"--resume: {path}: {run_folder!r} is not a folder, expected that of a run")
     with refuse_damage(path):
-        with zipfile.ZipFile(path) as file:  # torch.load does not look at the checksums
-            damaged = file.testzip()
-        if damaged is not None:
-            raise ValueError(f"checksum of {damaged} is wrong")
+        with open(path, "rb") as file:  # torch.load does not look at the checksums in the file
+            digest = hashlib.new(DIGEST)
+            left = os.path.getsize(path) - digest.digest_size
+            while left > 0:
+                digest.update(file.read(min(left, 2**20)))
+                left -= 2**20
+            if digest.digest() != file.read():
+                raise ValueError("not as it was written")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(checkpoint, dict):
             raise ValueError(f"holds a {type(checkpoint).__name__}")
         version = checkpoint["format"]
         if version != CHECKPOINT_FORMAT:
             raise ValueError(f"format {version}, expected {CHECKPOINT_FORMAT}; written by another version of this code")
+        missing = {field.name for field in dataclasses.fields(args_class)} - set(checkpoint["args"])
+        if missing:
+            raise ValueError(
+                f"its arguments lack {', '.join(sorted(missing))}; written by another version of this code"
+            )
         checkpoint["args"] = args_class(**checkpoint["args"])
         checkpoint["path"] = path
         checkpoint["counters"]["global_step"]

@@ -400,10 +400,15 @@ def test_messages_do_not_hang_at_the_end_of_the_progress_bar(name, tmp_path, mon
 
 
 # ---- Damage ----
+def write(folder, content):
+    """What is wrong is then not only that it is not as it was written."""
+    assert experiment.write(folder / "checkpoint.pt", content, with_digest=True)
+
+
 def edit(folder, change):
     checkpoint = read(folder)
     change(checkpoint)
-    torch.save(checkpoint, folder / "checkpoint.pt")
+    write(folder, checkpoint)
 
 
 def flip(path, position):
@@ -440,11 +445,9 @@ DAMAGE = {
     "empty": lambda script, folder: (folder / "checkpoint.pt").write_bytes(b""),
     "garbage": lambda script, folder: (folder / "checkpoint.pt").write_bytes(random.Random(0).randbytes(5000)),
     "a flipped bit in a tensor": lambda script, folder: flip_in_the_largest_tensor(folder / "checkpoint.pt"),
-    "a tensor": lambda script, folder: torch.save(torch.zeros(3), folder / "checkpoint.pt"),
-    "foreign": lambda script, folder: torch.save({"model": torch.zeros(3)}, folder / "checkpoint.pt"),
-    "code": lambda script, folder: torch.save(
-        {"format": experiment.CHECKPOINT_FORMAT, "x": flip}, folder / "checkpoint.pt"
-    ),
+    "a tensor": lambda script, folder: write(folder, torch.zeros(3)),
+    "foreign": lambda script, folder: write(folder, {"model": torch.zeros(3)}),
+    "code": lambda script, folder: write(folder, {"format": experiment.CHECKPOINT_FORMAT, "x": flip}),
     "a saved model": lambda script, folder: shutil.copy(folder / "model.pt", folder / "checkpoint.pt"),
     "of the other script": save_the_other_scripts,
     "newer": lambda script, folder: edit(folder, lambda it: it.update(format=experiment.CHECKPOINT_FORMAT + 1)),
