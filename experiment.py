@@ -96,7 +96,7 @@ def require(args, names, condition, expected):
 
 
 def require_count(args, names, least=1):
-    require(args, names, lambda x: least <= x <= 10**12, f"an integer from {least} to 10^12")
+    require(args, names, lambda x: least <= x < 2**31, f"an integer from {least} to 2^31 - 1")
 
 
 def require_share(args, names):
@@ -430,9 +430,7 @@ def read_checkpoint(run_folder, args_class):
             raise ValueError(f"format {version}, expected {CHECKPOINT_FORMAT}; written by another version of this code")
         missing = {field.name for field in dataclasses.fields(args_class)} - set(checkpoint["args"])
         if missing:
-            raise ValueError(
-                f"its arguments lack {', '.join(sorted(missing))}; written by another version of this code"
-            )
+            raise ValueError(f"no {', '.join(sorted(missing))} among its arguments; written by another version")
         checkpoint["args"] = args_class(**checkpoint["args"])
         checkpoint["path"] = path
         checkpoint["counters"]["global_step"]
