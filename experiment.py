@@ -80,10 +80,8 @@ def read_command_line(args_class, argv=None):
     expected = f"more than the {step} steps that the run in {args.resume} has made"
     require(args, "total_timesteps", lambda x: x > step, expected)
     if args.total_timesteps != before.total_timesteps:
-        print(
-            f"--total-timesteps is {args.total_timesteps} and was {before.total_timesteps}: resets, and learning rates"
-        )
-        print("that fall, follow the new one from here on, as if it had been so from the start")
+        what = "resets and falling learning rates follow the new one from here on"
+        print(f"--total-timesteps is {args.total_timesteps} and was {before.total_timesteps}: {what}")
     return args, checkpoint
 
 
@@ -242,9 +240,8 @@ def open_run(args, global_step, rank=0):
     try:
         if args.resume is not None:
             # TensorBoard reads a run's files in the order of their names, which begin with the second they were made in
-            made = [
-                int(name.split(".")[3]) for name in os.listdir(run_folder) if name.startswith("events.out.tfevents.")
-            ]
+            names = (name.split(".") for name in os.listdir(run_folder) if name.startswith("events.out.tfevents."))
+            made = (int(parts[3]) for parts in names)
             time.sleep(min(max(max(made, default=0) + 1 - time.time(), 0), 1))
             return run_folder, Log(run_folder, purge_step=global_step + 1)
         writer = Log(run_folder)
