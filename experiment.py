@@ -102,7 +102,7 @@ def require_share(args, names):
 
 
 def require_size(args, names):
-    require(args, names, lambda x: 0 <= x < math.inf, "a finite number of at least 0")
+    require(args, names, lambda x: 0 <= x <= 1e30, "a number from 0 to 1e30")
 
 
 def check_common_args(args):
@@ -132,7 +132,7 @@ def check_common_args(args):
 def start(args):
     """(device, rank, number of processes): joins the others that torchrun started, if it did."""
     kind = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if "WORLD_SIZE" not in os.environ:
+    if not {"WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys():
         return torch.device(kind), 0, 1
     if args.checkpoint_interval or args.resume is not None:
         flag = "--resume" if args.resume is not None else "--checkpoint-interval"

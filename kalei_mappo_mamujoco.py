@@ -652,7 +652,7 @@ def check_args(args):
     experiment.require(args, "value_norm_beta", lambda x: 0 <= x < 1, "a number from 0 to less than 1")
     experiment.require_size(args, "lr threshold_lr entropy_coef")
     positive = "clip huber_delta max_grad_norm output_gain threshold_eps"
-    experiment.require(args, positive, lambda x: 0 < x < math.inf, "a finite number above 0")
+    experiment.require(args, positive, lambda x: 0 < x <= 1e30, "a number above 0, up to 1e30")
     rows = args.rollout_steps * args.num_envs
     experiment.require(args, "num_minibatches", lambda x: x <= rows, f"at most the {rows} steps of a rollout")
 

@@ -420,9 +420,9 @@ def parse_env_id(env_id):
         raise ValueError(f"unknown env id {env_id!r}; there are {', '.join(known)}")
     task = TASKS[name]
     if task in JOINTS_PER_SEGMENT:
-        match = re.fullmatch(r"([1-9]\d?)x([1-9]\d?)", partition)
-        if not match:
-            sizes = "NxM: N agents of M segments, 1 to 99 each"
+        match = re.fullmatch(r"([1-9]\d?)x([1-9]\d?)", partition, re.ASCII)
+        if not match or int(match[1]) * int(match[2]) > 1000:  # MuJoCo compiles no longer chains
+            sizes = "NxM: N agents of M segments, 1 to 99 each and 1000 in all"
             raise ValueError(f"unknown partition {partition!r} in {env_id!r}; {name} takes {sizes}")
         agents, each = int(match[1]), int(match[2])
         owned = [range(agent * each, (agent + 1) * each) for agent in range(agents)]

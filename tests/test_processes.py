@@ -61,7 +61,8 @@ def test_one_process_writes_for_all(ranks):
 @pytest.mark.parametrize("flag", ["--checkpoint-interval 100"])
 def test_what_holds_one_process_only_is_refused(script, flag, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in dict(WORLD_SIZE="2", RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1").items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "argv", [script.__file__, *flag.split()])
     with pytest.raises(SystemExit) as stop:
         script.main()
