@@ -215,21 +215,18 @@ class OrthogonalLinear(MaskedLinear):
 
 
 class Norm(nn.Module):
-    """LayerNorm whose scale and shift all masks share, or with `own` have for themselves, (M, 1, size)."""
+    """Scale and shift after a LayerNorm, which all masks share, (1, size), or with `own` have for themselves."""
 
     def __init__(self, num_masks, size, own):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(num_masks, 1, size) if own else torch.ones(size))
+        self.weight = nn.Parameter(torch.ones((num_masks, 1, size) if own else (1, size)))
         self.bias = nn.Parameter(torch.zeros_like(self.weight))
-
-    def forward(self, x):
-        if self.weight.dim() == 1:
-            return F.layer_norm(x, self.weight.shape, self.weight, self.bias)
-        return torch.addcmul(self.bias, F.layer_norm(x, x.shape[-1:]), self.weight)
 
 
 class MaskedMLP(nn.Module):
     """LayerNorm, then four masked layers with ReLU and LayerNorm between them.
+
+    Of the first LayerNorm only scale and shift are left, since inputs come standardised.
 
     `sharing` says what the M masks' networks have in common:
       kaleidoscope   everything but the masks
@@ -252,14 +249,24 @@ class MaskedMLP(nn.Module):
             layers.append(OrthogonalLinear(num_masks, *size, threshold_scale, bias - shift, own, gain))
         self.layers, self.norms = nn.ModuleList(layers), nn.ModuleList(norms)
 
-    def effective_layers(self, masks=slice(None)):
-        """The four layers' effective weights (M, out, in), and biases."""
-        return [layer.effective(masks) for layer in self.layers]
+    def effective_layers(self):
+        """The four layers' effective weights (M, out, in) and biases (M, 1, out), each with the norm before it in them.
+
+        W (scale * x + shift) + b = (W * scale) x + (W shift + b): on weights this is far less work than on a batch, and
+        spares the first layer the gradient towards x.
+        """
+        layers = []
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            weight, bias = layer.effective()
+            layers.append((weight * norm.weight, norm.bias @ weight.mT + bias))
+        return layers
 
     def forward(self, x, layers):
-        """x (B, in) or (M, B, in) -> (M, B, out), through effective layers: one product a layer for all masks."""
-        for index, (norm, (weight, bias)) in enumerate(zip(self.norms, layers, strict=True)):
-            x = norm(torch.relu(x) if index else x) @ weight.mT + bias
+        """Standardised x (B, in) or (M, B, in) -> (M, B, out), through effective layers: one product for all masks."""
+        for index, (weight, bias) in enumerate(layers):
+            if index > 0:
+                x = F.layer_norm(torch.relu(x), x.shape[-1:])
+            x = x @ weight.mT + bias
         return x
 
     @torch.no_grad()
@@ -579,7 +586,7 @@ class Learner(nn.Module):
         optimizer.step()
 
     def update_actor(self, batch, rows):
-        """One step of all agents' policies on `rows` (b,). Returns its losses as detached scalars on the device."""
+        """One step of all agents' policies on `rows`: (b,) or a slice. Returns its losses as detached scalars."""
         args = self.args
         log_prob = self.actor.log_prob(batch.obs[:, rows], batch.actions[:, rows], self.actor.effective_layers())
         log_ratio = log_prob - batch.log_prob[:, rows]  # (N, b)
@@ -605,7 +612,7 @@ class Learner(nn.Module):
         }
 
     def update_critic(self, batch, rows):
-        """One step of all members on `rows` (b,). Returns its losses as detached scalars on the device."""
+        """One step of all members on `rows`: (b,) or a slice. Returns its losses as detached scalars."""
         args = self.args
         values = self.critic(batch.state[rows], self.critic.effective_layers()).squeeze(-1)  # (K, b)
         old_values, returns = batch.values[:, rows], batch.returns[rows]
@@ -626,8 +633,11 @@ class Learner(nn.Module):
         batch, known = self.prepare(rollout)
         logs = []
         for _ in range(args.num_epochs):
-            order = torch.rand(len(batch.state), device=batch.state.device).argsort()
-            for rows in order.tensor_split(args.num_minibatches):
+            minibatches = [slice(None)]  # a single one is the rollout as it lies, without copying it
+            if args.num_minibatches > 1:
+                order = torch.rand(len(batch.state), device=batch.state.device).argsort()
+                minibatches = order.tensor_split(args.num_minibatches)
+            for rows in minibatches:
                 logs.append(self.update_actor(batch, rows) | self.update_critic(batch, rows))
         return known | {name: torch.stack([log[name] for log in logs]).mean() for name in logs[0]}
 

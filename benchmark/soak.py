@@ -3,13 +3,16 @@
     python benchmark/soak.py --minutes 120 --kill-after 30 300
     python benchmark/soak.py --kills 100 --kill-after 0.1 4  # a hundred kills -9 of a small run
     python benchmark/soak.py --script kalei_mappo_mamujoco.py --minutes 30  # flags it does not know go to the script
+    python benchmark/soak.py --folder killed --total-timesteps 100000  # to the run's end, and keep it
 
 A kill is SIGKILL or, one time in four, SIGTERM, so many seconds after the run has gone on, or has written its first
 checkpoint. After every kill the checkpoint is read; the run is then resumed from it, and must go on from its step.
 Prints a line for each life of the run: how it ended, the steps it reached, and the resident memory, threads and open
-files of the process, early and late in it. Exit code 1 if anything was lost. Linux only (/proc).
+files of the process, early and late in it. A run that reaches its end with exit code 0 ends the soak. Exit code 1 if
+anything was lost. Linux only (/proc).
 """
 
+import contextlib
 import dataclasses
 import importlib
 import os
@@ -47,6 +50,8 @@ class Options:
     """seconds after which a kill comes, uniform between these"""
     seed: int = 0
     """of the instants and the kinds of kills"""
+    folder: str | None = None
+    """empty or new folder to keep the run in, and what it printed; by default all of it is deleted"""
 
 
 def usage(pid):
@@ -72,7 +77,10 @@ def main():
     base = SMALL.split() + (SMALL_REPLAY.split() if "matd3" in options.script else []) + flags
     failures = kills = last_step = 0
     start = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder, open(Path(folder, "output"), "wb") as output:
+    with contextlib.ExitStack() as stack:
+        folder = options.folder or stack.enter_context(tempfile.TemporaryDirectory())
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        output = stack.enter_context(open(Path(folder, "output"), "wb"))
         command = [sys.executable, str(ROOT / options.script)]
         run = None
         print("| life | ended by | from step | to step | MiB early | MiB late | MiB highest | threads | open files |")
@@ -98,6 +106,10 @@ def main():
                 samples.append(usage(process.pid))
                 time.sleep(min(1.0, max(end - time.monotonic(), 0)))
             ended = process.poll()
+            if ended == 0:
+                last_step = read_checkpoint(run, args_class)["counters"]["global_step"]
+                print(f"| {kills + 1} | its end (0) | | {last_step} | | | {max(s[0] for s in samples):.0f} | | |")
+                break
             number = signal.SIGTERM if draw.random() < 0.25 else signal.SIGKILL
             process.send_signal(number)
             code = process.wait(300)

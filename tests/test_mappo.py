@@ -249,12 +249,20 @@ def test_forward_pass_equals_one_network_after_the_other(sharing, make_learner):
         x = obs[agent]
         for index, (norm, layer) in enumerate(zip(actor.norms, actor.layers, strict=True)):
             own = sharing == "none"
-            scale, shift = (norm.weight[agent, 0], norm.bias[agent, 0]) if own else (norm.weight, norm.bias)
+            scale, shift = (norm.weight[agent, 0], norm.bias[agent, 0]) if own else (norm.weight[0], norm.bias[0])
             weight, bias = (layer.weight[agent], layer.bias[agent, 0]) if own else (layer.weight, layer.bias)
             if sharing == "kaleidoscope":
                 weight = weight.sign() * torch.relu(weight.abs() - torch.sigmoid(layer.thresholds[agent]))
-            x = F.linear(F.layer_norm(torch.relu(x) if index else x, scale.shape, scale, shift), weight, bias)
+            x = F.layer_norm(torch.relu(x), scale.shape) if index else x
+            x = F.linear(x * scale + shift, weight, bias)
         torch.testing.assert_close(together[agent], x)
+
+
+def test_observations_are_what_a_layer_norm_would_make_of_them():
+    """So that the networks leave it out."""
+    state = torch.randn(20, STATE, dtype=torch.float64) * 7 + 3
+    for x in (script.standardise(state), script.agent_observations(state, AGENTS)):
+        torch.testing.assert_close(F.layer_norm(x, x.shape[-1:]), x, rtol=1e-5, atol=0)
 
 
 def gradients_of_one_agent(learner, agent):
@@ -271,8 +279,8 @@ def gradients_of_one_agent(learner, agent):
 def test_full_sharing_gives_all_agents_the_same_weights_and_they_stay_so(make_learner, make_rollout):
     learner = make_learner(sharing="full", actor_diversity_coef=1.0)
     for seed in range(3):
-        for layer, (effective, _) in zip(learner.actor.layers, learner.actor.effective_layers(), strict=True):
-            assert torch.equal(effective, layer.weight.expand(AGENTS, -1, -1))
+        for layer in learner.actor.layers:
+            assert torch.equal(layer.effective()[0], layer.weight.expand(AGENTS, -1, -1))
         assert learner.actor.sparsity().max() == 0 and learner.actor.mask_difference() == 0
         assert int(script.reset_actor(learner.actor, 1.0)) == 0
         logs = learner.update(make_rollout(seed=seed))
@@ -291,8 +299,8 @@ def test_without_sharing_one_agents_loss_touches_its_own_parameters_only(make_le
         assert not torch.equal(layer.weight[0], layer.weight[1]), "networks that start alike"
     for seed in range(3):
         learner.update(make_rollout(seed=seed))
-    for layer, (effective, _) in zip(learner.actor.layers, learner.actor.effective_layers(), strict=True):
-        assert torch.equal(effective, layer.weight)
+    for layer in learner.actor.layers:
+        assert torch.equal(layer.effective()[0], layer.weight)
     assert int(script.reset_actor(learner.actor, 1.0)) == 0
 
 
@@ -307,8 +315,8 @@ def test_kaleidoscope_gradients_reach_own_thresholds_and_the_shared_weights(make
 
 def test_a_single_critic_has_no_mask(make_learner):
     critic = make_learner(num_critics=1).critic
-    for layer, (effective, _) in zip(critic.layers, critic.effective_layers(), strict=True):
-        assert torch.equal(effective[0], layer.weight)
+    for layer in critic.layers:
+        assert torch.equal(layer.effective()[0][0], layer.weight)
     assert make_learner(num_critics=3, sharing="full").critic.mask_difference() > 0, "sharing is the actor's"
 
 
