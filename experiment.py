@@ -10,32 +10,88 @@ with weights_only=True), written beside the previous one and then put in its pla
 import contextlib
 import dataclasses
 import hashlib
+import importlib.util
 import io
 import math
 import os
 import re
 import shutil
 import signal
+import struct
 import sys
 import time
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from mamujoco_env import MaMuJoCoVecEnv, parse_env_id
+import filming
+from mamujoco_env import MaMuJoCoVecEnv
+from mamujoco_tasks import parse_env_id
+from mask_pictures import log_masks
 
 CHECKPOINT_FORMAT = 1
 DIGEST = "sha256"
 # what --resume lets a user change, since none of it changes what the run has learnt so far
 RESUME_MAY_CHANGE = "resume total_timesteps device num_threads log_interval eval_interval eval_episodes save_model"
-RESUME_MAY_CHANGE += " checkpoint_interval checkpoint_buffer"
+RESUME_MAY_CHANGE += " checkpoint_interval checkpoint_buffer capture_video track wandb_project wandb_entity"
 
 
 # ---- Command line ----
+@dataclasses.dataclass
+class RunArgs:
+    """The flags that do not touch the algorithm, and are the same for each."""
+
+    # run
+    exp_name: str = ""
+    """name of this experiment, part of the run's folder"""
+    seed: int = 1
+    """seed of the weights, the exploration, the minibatches and the environments"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where networks, stored transitions and updates live; auto takes the GPU if there is one"""
+    total_timesteps: int = 10_000_000
+    """environment steps of the run, over all environments"""
+    log_interval: int = 5_000
+    """environment steps between two entries of losses, coefficients and masks in TensorBoard"""
+    eval_interval: int = 100_000
+    """environment steps between two evaluations; 0 evaluates at the end only"""
+    eval_episodes: int = 40
+    """episodes of an evaluation, one in each of as many environments; 0 turns evaluation off"""
+    save_model: bool = False
+    """write actor and critic to model.pt in the run's folder, at every evaluation and at the end"""
+    checkpoint_interval: int = 0
+    """environment steps between two checkpoints, from which --resume goes on exactly; 0 writes none"""
+    resume: str | None = None
+    """go on with the run in this folder, with its arguments; a new --total-timesteps moves the end of schedules"""
+    evaluate: str | None = None
+    """do not train: evaluate the model in this file for --eval-episodes episodes, on the task it was trained on"""
+    render: bool = False
+    """with --evaluate: show the first of the episodes in a window"""
+    capture_video: bool = False
+    """film the first episode of each evaluation: a GIF in the run's folder (with --evaluate: beside the model)"""
+    track: bool = False
+    """log to Weights & Biases as well, which then must be installed"""
+    wandb_project: str = "kaleidoscope-mamujoco"
+    """Weights & Biases' project"""
+    wandb_entity: str | None = None
+    """Weights & Biases' user or team"""
+
+    # environment
+    env_id: str = "Ant-v2-4x2"
+    """a robot and its division into agents, such as Walker2d-v2-6x1, Ant-v5-4x2 or manyagent_swimmer-10x2"""
+    agent_obsk: int | None = None
+    """agents observe their own joints and those at up to so many steps in the joint graph; by default the full state"""
+    num_threads: int = 0
+    """threads for the physics, 0 for one per CPU"""
+    episode_limit: int = 1_000
+    """steps after which an episode is cut; a cut is not a termination"""
+
+
 def fail(message):
     """End with one line on stderr and exit code 2."""
     say(f"error: {' '.join(str(message).split())}")
@@ -113,6 +169,10 @@ def check_common_args(args):
         require(args, "eval_episodes", lambda x: x >= 1, "at least 1 with --evaluate")
     require(args, "seed", lambda x: 0 <= x < 2**63, "an integer from 0 to 2^63 - 1")
     require(args, "exp_name", lambda x: re.fullmatch(r"[\w.+-]+", x), "letters, digits and any of _ . + -")
+    require(args, "agent_obsk", lambda x: x is None or 0 <= x < 2**31, "an integer from 0 to 2^31 - 1")
+    require(args, "render", lambda x: not x or args.evaluate is not None, "it only with --evaluate")
+    if args.track and importlib.util.find_spec("wandb") is None:
+        fail("--track is set, expected Weights & Biases to be installed (pip install wandb)")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device is cuda, expected cpu or auto: PyTorch finds no CUDA device here")
     try:
@@ -208,19 +268,35 @@ class NoLog:
 
 
 class Log(SummaryWriter):
-    """A SummaryWriter whose scalars do not end the training where a disk is full or a folder gone: they are lost."""
+    """A SummaryWriter that does not end the training where a disk is full or a folder gone: what it logs is lost."""
 
     silent_until = 0.0  # on time.monotonic()
 
-    def add_scalar(self, *args, **kwargs):
+    def attempt(self, add, *args, **kwargs):
         if time.monotonic() < self.silent_until:
             return
         try:
-            super().add_scalar(*args, **kwargs)
-        except OSError as error:  # of an earlier scalar, since a thread writes them
-            say(f"warning: {self.log_dir}: {error.strerror or error}; training goes on, a minute of scalars is lost")
-            self.file_writer = self.all_writers = None  # the next scalar opens a new file
+            add(*args, **kwargs)
+        except OSError as error:  # of an earlier entry, since a thread writes them
+            say(f"warning: {self.log_dir}: {error.strerror or error}; training goes on, a minute of its log is lost")
+            self.file_writer = self.all_writers = None  # the next entry opens a new file
             self.silent_until = time.monotonic() + 60
+
+    def add_scalar(self, *args, **kwargs):
+        self.attempt(super().add_scalar, *args, **kwargs)
+
+    def add_image(self, *args, **kwargs):
+        self.attempt(super().add_image, *args, **kwargs)
+
+    def add_histogram(self, *args, **kwargs):
+        self.attempt(super().add_histogram, *args, **kwargs)
+
+    def add_gif(self, tag, gif, global_step):
+        """TensorBoard shows the bytes of a GIF as a moving image."""
+        width, height = struct.unpack("<HH", gif[6:10])
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
+        summary = Summary(value=[Summary.Value(tag=tag, image=image)])
+        self.attempt(lambda: self._get_file_writer().add_summary(summary, global_step))
 
     def close(self):
         try:
@@ -243,7 +319,9 @@ def open_run(args, global_step, rank=0):
             names = (name.split(".") for name in os.listdir(run_folder) if name.startswith("events.out.tfevents."))
             made = (int(parts[3]) for parts in names)
             time.sleep(min(max(max(made, default=0) + 1 - time.time(), 0), 1))
+            start_tracking(args, run_folder)
             return run_folder, Log(run_folder, purge_step=global_step + 1)
+        start_tracking(args, run_folder)
         writer = Log(run_folder)
         rows = "\n".join(f"|{name}|{value}|" for name, value in dataclasses.asdict(args).items())
         writer.add_text("hyperparameters", f"|name|value|\n|-|-|\n{rows}")
@@ -252,6 +330,22 @@ def open_run(args, global_step, rank=0):
         if args.resume is None:
             shutil.rmtree(run_folder, ignore_errors=True)
         fail(f"{run_folder}: {error.strerror or error}, expected a folder to write to")
+
+
+def start_tracking(args, run_folder):
+    """With --track, let Weights & Biases take what TensorBoard is given; it must be asked before the writer is made."""
+    if not args.track:
+        return
+    import wandb
+
+    name = os.path.basename(os.path.normpath(run_folder))
+    settings = dict(project=args.wandb_project, entity=args.wandb_entity, name=name, id=name, resume="allow")
+    try:
+        wandb.init(**settings, dir=run_folder, sync_tensorboard=True, save_code=True, config=dataclasses.asdict(args))
+    except wandb.Error as error:
+        if args.resume is None:
+            shutil.rmtree(run_folder, ignore_errors=True)
+        fail(f"--track: Weights & Biases says: {error}; expected a login, or WANDB_MODE=offline")
 
 
 @contextlib.contextmanager
@@ -264,30 +358,68 @@ def refuse_what_does_not_fit():
         fail(f"networks, storage and environments of these sizes cannot be made ({type(error).__name__}: {reason})")
 
 
+def observation_sizes(envs):
+    """What agents see of the state, in words."""
+    if envs.columns is None:
+        return "agents see the full state"
+    sizes = (envs.columns >= 0).sum(1)
+    if sizes.min() == sizes.max():
+        return f"agents see {sizes[0]} of {envs.state_size} numbers"
+    filled = "filled up with zeros, so that weights can be shared"
+    return f"agents see {sizes.min()} to {sizes.max()} of {envs.state_size} numbers, {filled}"
+
+
 # ---- Evaluation, saved models ----
-def make_eval_envs(args, num_threads):
-    """(environments, seed) for --eval-episodes episodes, which start from states of their own."""
-    seed = args.seed + 1_000_000
-    return MaMuJoCoVecEnv(args.env_id, args.eval_episodes, seed, num_threads, args.episode_limit), seed
+class Evaluation:
+    """--eval-episodes episodes, one in each of as many environments, from the same starts every time."""
 
+    def __init__(self, args):
+        self.seed = args.seed + 1_000_000
+        settings = (self.seed, args.num_threads, args.episode_limit, args.agent_obsk)
+        self.envs = MaMuJoCoVecEnv(args.env_id, args.eval_episodes, *settings)
+        self.film = self.open_eyes("capture_video", filming.Film) if args.capture_video else None
+        self.window = self.open_eyes("render", filming.Window) if args.render else None
 
-@torch.no_grad()
-def evaluate(actor, envs, seed):
-    """Run one episode in every environment with deterministic actions: returns (E,), lengths (E,).
+    def open_eyes(self, name, kind):
+        try:
+            return kind(self.envs)
+        except RuntimeError as error:
+            needs = "a screen" if name == "render" else "OpenGL: EGL (Debian: libegl1, libgl1), or MUJOCO_GL set"
+            fail(f"--{name.replace('_', '-')}: {' '.join(str(error).split())[:200]}; expected {needs}")
 
-    Waiting for every environment's first episode, and for no other, counts long and short episodes alike.
-    """
-    layers, device = actor.effective_layers(), actor.low.device
-    returns, lengths, finished = np.zeros(envs.num_envs), np.zeros(envs.num_envs), np.zeros(envs.num_envs, bool)
-    obs, _ = envs.reset(seed=seed)
-    while not finished.all():
-        actions = actor.act(torch.as_tensor(obs, device=device), layers)
-        obs, _, _, _, infos = envs.step(actions.cpu().numpy())
-        if "episode" in infos:
-            first = infos["_episode"] & ~finished
-            returns[first], lengths[first] = infos["episode"]["r"][first], infos["episode"]["l"][first]
-            finished |= first
-    return returns, lengths
+    @torch.no_grad()
+    def run(self, actor):
+        """Deterministic actions until every environment's first episode has ended: returns (E,), lengths (E,).
+
+        To wait for every first episode, and for no other, counts long and short ones alike.
+        """
+        envs, layers, device = self.envs, actor.effective_layers(), actor.low.device
+        returns, lengths, finished = np.zeros(envs.num_envs), np.zeros(envs.num_envs), np.zeros(envs.num_envs, bool)
+        obs, _ = envs.reset(seed=self.seed)
+        while not finished.all():
+            for eye in (self.film, self.window):
+                if eye is not None and not finished[0]:
+                    eye()
+            actions = actor.act(torch.as_tensor(obs, device=device), layers)
+            obs, _, _, _, infos = envs.step(actions.cpu().numpy())
+            if "episode" in infos:
+                first = infos["_episode"] & ~finished
+                returns[first], lengths[first] = infos["episode"]["r"][first], infos["episode"]["l"][first]
+                finished |= first
+        return returns, lengths
+
+    def log(self, learner, writer, run_folder, global_step):
+        """Run, and write returns, film and pictures of the masks to TensorBoard. Returns the result as a text."""
+        returns, lengths = self.run(learner.actor)
+        for name, value in (("return", returns.mean()), ("return_std", returns.std()), ("length", lengths.mean())):
+            writer.add_scalar(f"charts/eval_{name}", value, global_step)
+        for name, network in (("actor", learner.actor), ("critic", learner.critic)):
+            log_masks(writer, name, network, global_step)
+        if self.film is not None:
+            gif = self.film.take()
+            writer.add_gif("videos/evaluation", gif, global_step)
+            write_bytes(os.path.join(run_folder, f"evaluation_{global_step}.gif"), gif)
+        return f"{returns.mean():.1f}+-{returns.std():.1f}"
 
 
 def save_model(path, learner, global_step):
@@ -317,10 +449,18 @@ def load_actor(path, env_id, device, actor_class, args_class):
 def evaluate_file(args, device, actor_class):
     """What --evaluate does: print mean and standard deviation of the return of a saved model."""
     actor, trained = load_actor(args.evaluate, args.env_id, device, actor_class, type(args))
-    trained.eval_episodes, trained.seed = args.eval_episodes, args.seed
-    returns, lengths = evaluate(actor, *make_eval_envs(trained, args.num_threads))
+    for name in ("eval_episodes", "seed", "num_threads", "capture_video", "render"):
+        setattr(trained, name, getattr(args, name))
+    evaluation = Evaluation(trained)
+    returns, lengths = evaluation.run(actor)
     result = f"return {returns.mean():.1f} +- {returns.std():.1f} (std), length {lengths.mean():.0f}"
     print(f"{trained.env_id}: {result}, {len(returns)} episodes")
+    if evaluation.film is not None:
+        path = os.path.splitext(args.evaluate)[0] + ".gif"
+        if write_bytes(path, evaluation.film.take()):
+            print(path)
+    if evaluation.window is not None:
+        evaluation.window.close()
 
 
 # ---- Checkpoints ----
@@ -345,6 +485,17 @@ def write(path, content, with_digest=False):
         say(f"warning: {path}: {reason}; training goes on, and what was there before stays")
         with contextlib.suppress(OSError):
             os.remove(f"{path}.tmp")
+        return False
+    return True
+
+
+def write_bytes(path, content):
+    """Write a file. What goes wrong is reported on stderr. Returns whether it was written."""
+    try:
+        with open(path, "wb") as file:
+            file.write(content)
+    except OSError as error:
+        say(f"warning: {path}: {error.strerror or error}; it was not written")
         return False
     return True
 

@@ -11,7 +11,8 @@ algorithm under them is MAPPO (Yu et al. 2022, arXiv:2103.01955) with HARL's net
 2024, arXiv:2304.09870).
 
 Letters in shapes: B batch, N agents, K critics, M masks (N for the actor, K for the critic), T steps,
-E environments, S numbers of state. Networks and losses take any leading dimensions, and a mask is one of them.
+E environments, S numbers of state, O of an observation. Networks and losses take any leading dimensions, and a mask is
+one of them.
 """
 
 import dataclasses
@@ -30,42 +31,13 @@ from mamujoco_env import MaMuJoCoVecEnv, agent_observations, standardise
 
 
 @dataclasses.dataclass
-class Args:
+class Args(experiment.RunArgs):
     """Train Kaleidoscope-MAPPO on a multi-agent MuJoCo task, or evaluate a saved model."""
 
-    # run
     exp_name: str = "kalei_mappo_mamujoco"
     """name of this experiment, part of the run's folder"""
-    seed: int = 1
-    """seed of the weights, the exploration, the minibatches and the environments"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where networks, rollouts and updates live; auto takes the GPU if there is one"""
-    total_timesteps: int = 10_000_000
-    """environment steps of the run, over all environments, rounded up to whole rollouts"""
-    log_interval: int = 5_000
-    """environment steps between two entries of losses, coefficients and masks in TensorBoard"""
-    eval_interval: int = 100_000
-    """environment steps between two evaluations; 0 evaluates at the end only"""
-    eval_episodes: int = 40
-    """episodes of an evaluation, one in each of as many environments; 0 turns evaluation off"""
-    save_model: bool = False
-    """write actor and critic to model.pt in the run's folder, at every evaluation and at the end"""
-    checkpoint_interval: int = 0
-    """environment steps between two checkpoints, from which --resume goes on exactly; 0 writes none"""
-    resume: str | None = None
-    """go on with the run in this folder, with its arguments; a new --total-timesteps moves the end of schedules"""
-    evaluate: str | None = None
-    """do not train: evaluate the model in this file for --eval-episodes episodes, on the task it was trained on"""
-
-    # environment
-    env_id: str = "Ant-v2-4x2"
-    """a robot and its division into agents, such as Walker2d-v2-6x1 or manyagent_swimmer-10x2"""
     num_envs: int = 20
     """environments stepped side by side (E)"""
-    num_threads: int = 0
-    """threads for the physics, 0 for one per CPU"""
-    episode_limit: int = 1_000
-    """steps after which an episode is cut; a cut is not a termination"""
 
     # MAPPO
     sharing: Literal["kaleidoscope", "full", "none"] = "kaleidoscope"
@@ -140,7 +112,7 @@ class Args:
     """updates whose losses are averaged for the adaptive coefficients"""
 
 
-# what HARL tuned for MAPPO; a flag that is set wins
+# what HARL tuned for MAPPO, taken for v5 tasks too; a flag that is set wins
 TUNED_FLAGS = ("rollout_steps", "num_epochs", "num_minibatches", "clip", "entropy_coef", "lr", "lr_decay")
 TUNED = {
     "Ant-v2-4x2": (200, 5, 1, 0.1, 0.0, 5e-4, False),
@@ -483,7 +455,7 @@ class Batch(NamedTuple):
     """What updates work on: the B = T E steps of a rollout."""
 
     state: torch.Tensor  # (B, S), standardised
-    obs: torch.Tensor  # (N, B, S + N)
+    obs: torch.Tensor  # (N, B, O)
     actions: torch.Tensor  # (N, B, act)
     log_prob: torch.Tensor  # (N, B), of the policy that acted
     advantages: torch.Tensor  # (B,), normalised: mean 0, std 1
@@ -524,10 +496,12 @@ def clipped_value_loss(values, old_values, returns, clip, delta):
 class Learner(nn.Module):
     """Networks, optimisers and loss histories, and the updates that change them in place on the device."""
 
-    def __init__(self, state_size, low, high, args, device):
+    def __init__(self, state_size, low, high, args, device, columns=None):
         super().__init__()
         self.args, self.num_agents = args, len(low)
-        self.actor = Actor(state_size + self.num_agents, low, high, args).to(device)
+        self.columns = None if columns is None else torch.as_tensor(columns, device=device)  # that agents see
+        seen = state_size if columns is None else columns.shape[1]
+        self.actor = Actor(seen + self.num_agents, low, high, args).to(device)
         self.critic = Critic(state_size, args).to(device)
         self.actor_optimizer = self.make_optimizer(self.actor, device)
         self.critic_optimizer = self.make_optimizer(self.critic, device)
@@ -564,7 +538,8 @@ class Learner(nn.Module):
         critic.value_norm.update(returns)
         mean, std = experiment.mean_std(advantages)
 
-        obs = agent_observations(rollout.state.flatten(0, 1), self.num_agents).transpose(0, 1).contiguous()
+        obs = agent_observations(rollout.state.flatten(0, 1), self.num_agents, columns=self.columns)
+        obs = obs.transpose(0, 1).contiguous()
         actions = rollout.actions.flatten(0, 1).transpose(0, 1).contiguous()
         batch = Batch(
             state=state,
@@ -646,7 +621,7 @@ class Learner(nn.Module):
 def parse_args(argv=None):
     """(args, checkpoint or None), checked, tuned values filled in. Bad ones end in one line and exit code 2."""
     args, checkpoint = experiment.read_command_line(Args, argv)
-    for name, tuned in zip(TUNED_FLAGS, TUNED.get(args.env_id, UNTUNED), strict=True):
+    for name, tuned in zip(TUNED_FLAGS, TUNED.get(args.env_id.replace("-v5", "-v2"), UNTUNED), strict=True):
         if getattr(args, name) is None:
             setattr(args, name, tuned)
     args.log_std = args.log_std or ("shared" if args.sharing == "full" else "agent")
@@ -678,13 +653,13 @@ def main():
     torch.manual_seed(args.seed)  # the same weights in all processes
     seed = args.seed + 2**32 * rank  # and other environments and draws
     with experiment.refuse_what_does_not_fit():
-        envs = MaMuJoCoVecEnv(args.env_id, args.num_envs, seed, args.num_threads, args.episode_limit)
+        settings = (seed, args.num_threads, args.episode_limit, args.agent_obsk)
+        envs = MaMuJoCoVecEnv(args.env_id, args.num_envs, *settings)
         space = envs.single_action_space
-        learner = Learner(envs.state_size, space.low, space.high, args, device)
+        learner = Learner(envs.state_size, space.low, space.high, args, device, envs.columns)
         actor = learner.actor
         rollout = Rollout(args.rollout_steps, args.num_envs, envs.state_size, space.shape, device)
-        if args.eval_episodes:
-            eval_envs, eval_seed = experiment.make_eval_envs(args, args.num_threads)
+        evaluation = experiment.Evaluation(args) if args.eval_episodes and rank == 0 else None
 
     if rank > 0:
         torch.manual_seed(seed)
@@ -700,7 +675,8 @@ def main():
     run_folder, writer = experiment.open_run(args, global_step, rank)
     if rank == 0:
         tuned = ", ".join(f"{name} {getattr(args, name)}" for name in TUNED_FLAGS)
-        print(f"{run_folder} on {num_processes} x {device}: sharing {args.sharing}, {tuned}")
+        seen = experiment.observation_sizes(envs)
+        print(f"{run_folder} on {num_processes} x {device}: sharing {args.sharing}, {tuned}; {seen}")
     steps_per_rollout = args.rollout_steps * num_envs
     num_steps = -(-args.total_timesteps // steps_per_rollout) * steps_per_rollout
     bar = dict(unit="step", unit_scale=True, dynamic_ncols=True, disable=rank > 0)
@@ -766,11 +742,8 @@ def main():
             writer.add_scalar("charts/SPS", status["SPS"], global_step)
 
         # evaluate, save
-        if rank == 0 and args.eval_episodes and eval_due:
-            returns, lengths = experiment.evaluate(actor, eval_envs, eval_seed)
-            for name, value in (("return", returns.mean()), ("return_std", returns.std()), ("length", lengths.mean())):
-                writer.add_scalar(f"charts/eval_{name}", value, global_step)
-            status["eval"] = f"{returns.mean():.1f}+-{returns.std():.1f}"
+        if evaluation is not None and eval_due:
+            status["eval"] = evaluation.log(learner, writer, run_folder, global_step)
         if rank == 0 and args.save_model and eval_due:
             experiment.save_model(os.path.join(run_folder, "model.pt"), learner, global_step)
         if args.checkpoint_interval and checkpoint_due:

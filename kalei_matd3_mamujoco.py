@@ -10,7 +10,7 @@ Zhang, "Kaleidoscope: Learnable Masks for Heterogeneous Multi-agent Reinforcemen
 arXiv:2410.08540); where the paper is silent, the authors' released code decides.
 
 Letters in shapes: B batch, N agents, K critics, M masks (N for the actor, K for the critic), E environments,
-S numbers of state. Networks and losses take any leading dimensions, and a mask is one of them.
+S numbers of state, O of an observation. Networks and losses take any leading dimensions, and a mask is one of them.
 """
 
 import copy
@@ -28,44 +28,15 @@ from mamujoco_env import MaMuJoCoVecEnv, agent_observations, standardise
 
 
 @dataclasses.dataclass
-class Args:
+class Args(experiment.RunArgs):
     """Train Kaleidoscope-MATD3 on a multi-agent MuJoCo task, or evaluate a saved model."""
 
-    # run
     exp_name: str = "kalei_matd3_mamujoco"
     """name of this experiment, part of the run's folder"""
-    seed: int = 1
-    """seed of the weights, the exploration, the batches and the environments"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where networks, replay buffer and updates live; auto takes the GPU if there is one"""
-    total_timesteps: int = 10_000_000
-    """environment steps of the run, over all environments, warm-up included"""
-    log_interval: int = 5_000
-    """environment steps between two entries of losses, coefficients and masks in TensorBoard"""
-    eval_interval: int = 100_000
-    """environment steps between two evaluations; 0 evaluates at the end only"""
-    eval_episodes: int = 40
-    """episodes of an evaluation, one in each of as many environments; 0 turns evaluation off"""
-    save_model: bool = False
-    """write actor and critic to model.pt in the run's folder, at every evaluation and at the end"""
-    checkpoint_interval: int = 0
-    """environment steps between two checkpoints, from which --resume goes on exactly; 0 writes none"""
     checkpoint_buffer: bool = True
     """keep the replay buffer in checkpoints; without, a resumed run fills a new one before it learns on"""
-    resume: str | None = None
-    """go on with the run in this folder, with its arguments; a new --total-timesteps moves the end of schedules"""
-    evaluate: str | None = None
-    """do not train: evaluate the model in this file for --eval-episodes episodes, on the task it was trained on"""
-
-    # environment
-    env_id: str = "Ant-v2-4x2"
-    """a robot and its division into agents, such as Walker2d-v2-6x1 or manyagent_swimmer-10x2"""
     num_envs: int = 10
     """environments stepped side by side (E)"""
-    num_threads: int = 0
-    """threads for the physics, 0 for one per CPU"""
-    episode_limit: int = 1_000
-    """steps after which an episode is cut; a cut is not a termination"""
 
     # MATD3
     sharing: Literal["kaleidoscope", "full", "none"] = "kaleidoscope"
@@ -134,7 +105,7 @@ class Args:
     """policy updates whose losses are averaged for the adaptive coefficients"""
 
 
-# (n_step, policy_freq) as tuned by the authors; a flag that is set wins
+# (n_step, policy_freq) as tuned by the authors, taken for v5 tasks too; a flag that is set wins
 TUNED = {
     "Ant-v2-4x2": (5, 2),
     "HalfCheetah-v2-2x3": (10, 2),
@@ -371,12 +342,12 @@ class Batch(NamedTuple):
     """What an update works on: n-step transitions as the networks see them."""
 
     state: torch.Tensor  # (B, S), standardised
-    obs: torch.Tensor  # (B, N, S + N)
+    obs: torch.Tensor  # (B, N, O)
     actions: torch.Tensor  # (B, N, act)
     reward: torch.Tensor  # (B,), discounted sum of the n-step return's rewards
     discount: torch.Tensor  # (B,), gamma to the power of their number
     next_state: torch.Tensor  # (B, S), standardised, where the return bootstraps
-    next_obs: torch.Tensor  # (B, N, S + N)
+    next_obs: torch.Tensor  # (B, N, O)
     terminated: torch.Tensor  # (B,) bool
 
 
@@ -390,7 +361,7 @@ class Replay:
         """Of each of the first `filled` rows the row after it."""
         return (torch.arange(filled) + 1) % rows
 
-    def __init__(self, rows, num_envs, state_size, action_shape, n_step, gamma, device):
+    def __init__(self, rows, num_envs, state_size, action_shape, n_step, gamma, device, columns=None):
         shape = (rows, num_envs)
         # zeros, since an n-step return looks ahead into rows that are not filled yet, and NaN times 0 is NaN
         self.state = torch.zeros(*shape, state_size, device=device)
@@ -402,6 +373,7 @@ class Replay:
         self.steps_ahead = torch.arange(n_step, device=device)
         self.gamma = gamma
         self.rows, self.num_envs, self.num_agents = rows, num_envs, action_shape[0]
+        self.columns = None if columns is None else torch.as_tensor(columns, device=device)  # that agents see
         self.next_row = 0
         # rows, as tensors on the device, so that sampling can be captured in a graph
         self.newest = torch.zeros((), dtype=torch.long, device=device)
@@ -461,12 +433,12 @@ class Replay:
         state, next_state = self.state[row, env], self.next_state[last, env]
         return Batch(
             state=standardise(state),
-            obs=agent_observations(state, self.num_agents),
+            obs=agent_observations(state, self.num_agents, columns=self.columns),
             actions=self.actions[row, env],
             reward=reward,
             discount=discount,
             next_state=standardise(next_state),
-            next_obs=agent_observations(next_state, self.num_agents),
+            next_obs=agent_observations(next_state, self.num_agents, columns=self.columns),
             terminated=self.terminated[last, env],
         )
 
@@ -475,11 +447,12 @@ class Replay:
 class Learner(nn.Module):
     """Networks, targets, optimisers and loss histories, and the updates that change them in place on the device."""
 
-    def __init__(self, state_size, low, high, args, device):
+    def __init__(self, state_size, low, high, args, device, columns=None):
         super().__init__()
         self.args = args
         self.num_agents, self.act_size = low.shape
-        self.actor = Actor(state_size + self.num_agents, low, high, args).to(device)
+        seen = state_size if columns is None else columns.shape[1]
+        self.actor = Actor(seen + self.num_agents, low, high, args).to(device)
         self.critic = Critic(state_size + low.size, args).to(device)
         self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
@@ -582,7 +555,9 @@ class Learner(nn.Module):
 def parse_args(argv=None):
     """(args, checkpoint or None), checked, tuned values filled in. Bad ones end in one line and exit code 2."""
     args, checkpoint = experiment.read_command_line(Args, argv)
-    for name, tuned in zip(("n_step", "policy_freq"), TUNED.get(args.env_id, UNTUNED), strict=True):
+    for name, tuned in zip(
+        ("n_step", "policy_freq"), TUNED.get(args.env_id.replace("-v5", "-v2"), UNTUNED), strict=True
+    ):
         if getattr(args, name) is None:
             setattr(args, name, tuned)
     check_args(args)
@@ -616,15 +591,16 @@ def main():
     torch.manual_seed(args.seed)  # the same weights in all processes
     seed = args.seed + 2**32 * rank  # and other environments and draws
     with experiment.refuse_what_does_not_fit():
-        envs = MaMuJoCoVecEnv(args.env_id, args.num_envs, seed, args.num_threads, args.episode_limit)
+        settings = (seed, args.num_threads, args.episode_limit, args.agent_obsk)
+        envs = MaMuJoCoVecEnv(args.env_id, args.num_envs, *settings)
         space = envs.single_action_space
-        learner = Learner(envs.state_size, space.low, space.high, args, device)
+        learner = Learner(envs.state_size, space.low, space.high, args, device, envs.columns)
         actor = learner.actor
         num_envs = args.num_envs * num_processes
         buffer_rows = -(-min(args.buffer_size, args.total_timesteps) // num_envs)
-        replay = Replay(buffer_rows, args.num_envs, envs.state_size, space.shape, args.n_step, args.gamma, device)
-        if args.eval_episodes:
-            eval_envs, eval_seed = experiment.make_eval_envs(args, args.num_threads)
+        sizes = (buffer_rows, args.num_envs, envs.state_size, space.shape)
+        replay = Replay(*sizes, args.n_step, args.gamma, device, envs.columns)
+        evaluation = experiment.Evaluation(args) if args.eval_episodes and rank == 0 else None
 
     if rank > 0:
         torch.manual_seed(seed)
@@ -645,7 +621,8 @@ def main():
     run_folder, writer = experiment.open_run(args, global_step, rank)
     if rank == 0:
         tuned = f"n_step {args.n_step}, policy_freq {args.policy_freq}"
-        print(f"{run_folder} on {num_processes} x {device}: sharing {args.sharing}, {tuned}")
+        seen = experiment.observation_sizes(envs)
+        print(f"{run_folder} on {num_processes} x {device}: sharing {args.sharing}, {tuned}; {seen}")
     bar = dict(unit="step", unit_scale=True, dynamic_ncols=True, disable=rank > 0)
     progress = tqdm(total=args.total_timesteps, initial=global_step, **bar)
     while global_step < args.total_timesteps:
@@ -715,12 +692,8 @@ def main():
                 writer.add_scalar("charts/SPS", status["SPS"], global_step)
 
         # evaluate, save
-        if rank == 0 and args.eval_episodes and eval_due:
-            returns, lengths = experiment.evaluate(actor, eval_envs, eval_seed)
-            writer.add_scalar("charts/eval_return", returns.mean(), global_step)
-            writer.add_scalar("charts/eval_return_std", returns.std(), global_step)
-            writer.add_scalar("charts/eval_length", lengths.mean(), global_step)
-            status["eval"] = f"{returns.mean():.1f}+-{returns.std():.1f}"
+        if evaluation is not None and eval_due:
+            status["eval"] = evaluation.log(learner, writer, run_folder, global_step)
         if rank == 0 and args.save_model and eval_due:
             experiment.save_model(os.path.join(run_folder, "model.pt"), learner, global_step)
         if args.checkpoint_interval and checkpoint_due:

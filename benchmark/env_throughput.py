@@ -9,7 +9,7 @@ environment steps per second of all environments together, the median over the r
   limit       bare mujoco.batch.Batch on the same trajectory as ours: controls, physics and the recorded starts of
               episodes, without any observation, reward or termination
   ours        MaMuJoCoVecEnv.step: observations, rewards, terminations and automatic resets included
-  sync        gymnasium.vector.SyncVectorEnv over Gymnasium's v4 task
+  sync        gymnasium.vector.SyncVectorEnv over Gymnasium's v4 or v5 task
   async       gymnasium.vector.AsyncVectorEnv over the same, a process per environment
   ours/limit  the median of the rounds' own ratios, and the smallest and the largest
   ours/async  the median of the rounds' own ratios

@@ -59,9 +59,13 @@ class Run:
         args, self.threads = self.args, options.threads
         cuda = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
         self.device = torch.device("cuda" if cuda else "cpu")
-        self.envs = MaMuJoCoVecEnv(args.env_id, args.num_envs, args.seed, options.threads, args.episode_limit)
+        self.envs = MaMuJoCoVecEnv(
+            args.env_id, args.num_envs, args.seed, options.threads, args.episode_limit, args.agent_obsk
+        )
         self.space = self.envs.single_action_space
-        self.learner = script.Learner(self.envs.state_size, self.space.low, self.space.high, args, self.device)
+        self.learner = script.Learner(
+            self.envs.state_size, self.space.low, self.space.high, args, self.device, self.envs.columns
+        )
         self.make_storage()
         self.obs, infos = self.envs.reset()
         self.state = infos["state"]
@@ -102,7 +106,7 @@ class Matd3(Run):
         self.steps, self.updates, self.num_updates = args.train_interval, args.updates_per_round, 0
         rows = 2 * args.batch_size
         sizes = (self.envs.state_size, self.space.shape, args.n_step, args.gamma)
-        self.replay = matd3.Replay(rows, args.num_envs, *sizes, self.device)
+        self.replay = matd3.Replay(rows, args.num_envs, *sizes, self.device, self.envs.columns)
         state = self.envs.reset()[1]["state"]
         for _ in range(rows):  # of real physics, with random actions
             actions = self.envs.action_space.sample()

@@ -342,8 +342,9 @@ def copied(stopped, tmp_path):
     return script, shutil.copytree(folder, tmp_path / "runs" / folder.name)
 
 
-def test_a_run_goes_on_where_there_is_no_room_for_its_checkpoints(copied, tmp_path, capsys):
+def test_a_run_goes_on_where_there_is_no_room_for_its_checkpoints(copied, tmp_path, capsys, monkeypatch):
     script, folder = copied
+    monkeypatch.setattr(experiment, "log_masks", lambda *arguments: None)  # pictures are larger than a checkpoint here
     before = (folder / "checkpoint.pt").read_bytes()
     with files_of_at_most(30_000):  # events still fit
         code, _ = train(script, tmp_path, "--resume", folder)
@@ -528,7 +529,7 @@ def test_what_a_run_has_learnt_with_cannot_be_changed(stopped, capsys):
         assert err.startswith(f"error: {name} is ") and str(folder) in err, err
 
 
-def test_a_runs_own_values_and_what_may_change_are_accepted(stopped, capsys):
+def test_a_runs_own_values_and_what_may_change_are_accepted(stopped, capsys, monkeypatch):
     script, folder = stopped
     args, checkpoint = script.parse_args(["--resume", str(folder)])
     assert checkpoint["counters"]["global_step"] == 360
@@ -544,14 +545,16 @@ def test_a_runs_own_values_and_what_may_change_are_accepted(stopped, capsys):
     assert not capsys.readouterr().out
 
     changes = dict(total_timesteps=361, device="auto", num_threads=2, log_interval=7, eval_interval=8, eval_episodes=9)
-    changes |= dict(save_model=False, checkpoint_interval=10, checkpoint_buffer=False)
+    changes |= dict(save_model=False, checkpoint_interval=10, checkpoint_buffer=False, capture_video=True)
+    changes |= dict(track=True, wandb_project="masks", wandb_entity="us")
+    monkeypatch.setattr(experiment.importlib.util, "find_spec", lambda name: name)  # whether it is installed or not
     assert {"resume", *changes} == set(experiment.RESUME_MAY_CHANGE.split())
     for name, value in changes.items():
         if not hasattr(own, name):
             assert (script, name) == (mappo, "checkpoint_buffer")
             continue
         flag = name.replace("_", "-")
-        flags = [f"--no-{flag}"] if value is False else [f"--{flag}", str(value)]
+        flags = [f"--{flag}", str(value)] if type(value) is not bool else [f"--{flag}" if value else f"--no-{flag}"]
         args, _ = script.parse_args(["--resume", str(folder), *flags])
         assert getattr(args, name) == value != getattr(own, name)
         printed = capsys.readouterr().out

@@ -1,5 +1,6 @@
 """The script as a user runs it: training to a saved model and TensorBoard files, evaluation, and mistakes."""
 
+import inspect
 import math
 import os
 import re
@@ -85,7 +86,8 @@ def test_a_run_logs_all_that_the_readme_names(trained):
     tags = scalars(folder)
     section = (SCRIPT.parent / "README.md").read_text().split("## What is logged")[1].split("\n## ")[0]
     documented = set(re.findall(r"`((?:charts|losses|coefficients|values|masks|resets)/\w+)`", section))
-    assert documented == set(tags)
+    images = EventAccumulator(str(folder)).Reload().Tags()["images"]
+    assert documented == {*tags, *images}
     assert all(math.isfinite(value) for series in tags.values() for _, value in series)
     assert [step for step, _ in tags["charts/eval_return"]] == [320, 600, 640]
     assert tags["charts/updates"][-1] == (600, 4 * (600 - 200) / 40)
@@ -172,11 +174,12 @@ class EpisodesOfChosenLength:
         return np.zeros((self.num_envs, 3, 10), np.float32), None, None, None, infos
 
 
-def test_evaluation_counts_one_episode_of_every_environment(make_learner):
+def test_evaluation_counts_one_episode_of_every_environment(make_learner, monkeypatch):
     envs = EpisodesOfChosenLength(6)
-    returns, lengths = experiment.evaluate(make_learner().actor, envs, seed=7)
+    monkeypatch.setattr(experiment, "MaMuJoCoVecEnv", lambda *settings: envs)
+    returns, lengths = experiment.Evaluation(script.Args(eval_episodes=6, seed=7)).run(make_learner().actor)
     assert returns.tolist() == lengths.tolist() == [1, 2, 3, 4, 5, 6], "short episodes must not count twice"
-    assert envs.seed == 7
+    assert envs.seed == 1_000_007
 
 
 MISTAKES = {
@@ -320,6 +323,20 @@ def test_help_explains_every_flag(capsys):
     assert stop.value.code == 0
     for name in script.Args.__dataclass_fields__:
         assert "--" + name.replace("_", "-") in out
-    source = SCRIPT.read_text()
-    fields = source[source.index("class Args") : source.index("# (n_step, policy_freq)")]
-    assert len(re.findall(r'^    """.+"""$', fields, re.M)) == 1 + len(script.Args.__dataclass_fields__)
+    for args_class in (script.Args, experiment.RunArgs):
+        documented = re.findall(r'^    """.+"""$', inspect.getsource(args_class), re.M)
+        assert len(documented) == 1 + len(args_class.__annotations__)
+
+
+def test_partial_observations_train_resume_and_evaluate(tmp_path):
+    flags = ("--env-id", "HalfCheetah-v5-6x1", "--agent-obsk", 1)
+    code, out, err = run(*flags, *TINY, cwd=tmp_path)
+    assert code == 0, err
+    assert "agents see 8 to 9 of 17 numbers, filled up with zeros" in out
+    (folder,) = (tmp_path / "runs").iterdir()
+    code, out, err = run("--resume", folder, "--total-timesteps", 700, cwd=tmp_path)
+    assert code == 0, err
+    code, out, err = run("--evaluate", folder / "model.pt", "--eval-episodes", 2, cwd=tmp_path)
+    assert code == 0 and out.startswith("HalfCheetah-v5-6x1: return "), err
+    code, out, err = run("--resume", folder, "--agent-obsk", 2, "--total-timesteps", 800, cwd=tmp_path)
+    assert code == 2 and "--agent-obsk is 2, expected 1" in err

@@ -1,4 +1,4 @@
-"""mamujoco_env: against Gymnasium's v4 tasks, against written-out numbers, and against its own contract."""
+"""mamujoco_env: against Gymnasium's tasks, MaMuJoCo's observations, written-out numbers, and its own contract."""
 
 import copy
 import math
@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium_robotics import mamujoco_v1
 from mujoco.batch import SimulationError
 
 from mamujoco_env import MaMuJoCoVecEnv, agent_observations, standardise
+from mamujoco_tasks import parse_env_id
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*v4 is out of date.*:DeprecationWarning")
 
@@ -61,6 +63,14 @@ OWNERS = {
     "HumanoidStandup-v2-17x1": (376, ALONE),
     "Reacher-v2-2x1": (11, ["joint0", "joint1"]),
     "Swimmer-v2-2x1": (8, ["motor1_rot", "motor2_rot"]),
+    "Pusher-v5-3p": (
+        23,
+        [
+            "r_shoulder_pan_joint r_shoulder_lift_joint r_upper_arm_roll_joint",
+            "r_elbow_flex_joint",
+            "r_forearm_roll_joint r_wrist_flex_joint r_wrist_roll_joint",
+        ],
+    ),
     "coupled_half_cheetah-1p1": (
         35,
         [
@@ -79,10 +89,17 @@ OWNERS = {
         ["hip1_0 ankle1_0 hip2_0 ankle2_0", "hip1_1 ankle1_1 hip2_1 ankle2_1", "hip1_2 ankle1_2 hip2_2 ankle2_2"],
     ),
 }
+V5_SIZES = {"Ant": 105, "Humanoid": 348, "HumanoidStandup": 348, "Reacher": 10}  # the others' are v2's
+OWNERS |= {
+    env_id.replace("-v2-", "-v5-"): (V5_SIZES.get(env_id.split("-")[0], size), joints)
+    for env_id, (size, joints) in OWNERS.items()
+    if "-v2-" in env_id
+}
 ONE_EACH = [
     *("Ant-v2-4x2", "HalfCheetah-v2-2x3", "Hopper-v2-3x1", "Walker2d-v2-2x3", "Humanoid-v2-9|8"),
     *("HumanoidStandup-v2-17x1", "Reacher-v2-2x1", "Swimmer-v2-2x1"),
     *("coupled_half_cheetah-1p1", "manyagent_swimmer-3x2", "manyagent_ant-2x1"),
+    *("Ant-v5-4x2", "Humanoid-v5-9|8", "Reacher-v5-2x1", "Pusher-v5-3p"),
 ]
 
 
@@ -124,9 +141,11 @@ def assert_same(a, b, environments=slice(None)):
         assert np.array_equal(ours, theirs), f"{name} differs first at (step, environment, ...) {differing[:1]}"
 
 
-# ---- Gymnasium's v4 tasks ----
-def state_of(task, observation):
-    """Our state from v4's observation: with contact forces, six for each of 14 bodies, and these at zero."""
+# ---- Gymnasium's v4 and v5 tasks ----
+def state_of(task, version, observation):
+    """Our state from Gymnasium's observation: for v2 with contact forces, six for each of 14 bodies, at zero."""
+    if version == "v5":
+        return observation
     if task == "Ant":  # v4 leaves them out
         return np.concatenate([observation, np.zeros(84)])
     if task.startswith("Humanoid"):  # v4 computes them
@@ -134,8 +153,8 @@ def state_of(task, observation):
     return observation
 
 
-def oracle_with(task, rng):
-    oracle = gymnasium.make(f"{task}-v4").unwrapped
+def oracle_with(task, version, rng):
+    oracle = gymnasium.make(f"{task}-{'v4' if version == 'v2' else version}").unwrapped
     oracle.np_random = rng  # reset() without a seed leaves it in place
     return oracle
 
@@ -151,15 +170,24 @@ def oracle_with(task, rng):
         ("HumanoidStandup-v2-17x1", 100, 0),
         ("Reacher-v2-2x1", 50, 0),
         ("Swimmer-v2-2x1", 100, 0),
+        ("Ant-v5-4x2", 300, 3),
+        ("HalfCheetah-v5-2x3", 100, 0),
+        ("Hopper-v5-3x1", 1000, 3),
+        ("Walker2d-v5-2x3", 1000, 3),
+        ("Humanoid-v5-17x1", 1000, 3),
+        ("HumanoidStandup-v5-9|8", 100, 0),
+        ("Reacher-v5-2x1", 50, 0),
+        ("Pusher-v5-3p", 100, 0),
+        ("Swimmer-v5-2x1", 100, 0),
     ],
 )
 def test_agrees_with_gymnasium(env_id, episode_limit, terminations):
-    task, seed, num_envs, steps = env_id.split("-")[0], 7, 3, 1000
+    (task, version, _), seed, num_envs, steps = env_id.split("-"), 7, 3, 1000
     envs = MaMuJoCoVecEnv(env_id, num_envs, seed=0, episode_limit=episode_limit)
-    oracles = [oracle_with(task, np.random.default_rng([seed, i])) for i in range(num_envs)]
+    oracles = [oracle_with(task, version, np.random.default_rng([seed, i])) for i in range(num_envs)]
     _, infos = envs.reset(seed=seed)
     for i, oracle in enumerate(oracles):
-        assert np.array_equal(infos["state"][i], state_of(task, oracle.reset()[0]))
+        assert np.array_equal(infos["state"][i], state_of(task, version, oracle.reset()[0]))
     places = [(a, k, joint) for a, joints in enumerate(joints_of(env_id)) for k, joint in enumerate(joints)]
     ended, lengths = [], np.zeros(num_envs, int)
     for actions in random_actions(envs, steps, seed=1):
@@ -170,15 +198,16 @@ def test_agrees_with_gymnasium(env_id, episode_limit, terminations):
             for agent, k, joint in places:
                 joint_action[actuator_of(oracle.model, joint)] = actions[i, agent, k]
             observation, expected, oracle_terminated, _, info = oracle.step(joint_action)
-            expected -= info.get("reward_impact", 0.0)  # HumanoidStandup's contact cost
-            assert np.array_equal(infos["final_state"][i], state_of(task, observation))
+            if version == "v2":
+                expected -= info.get("reward_impact", 0.0)  # HumanoidStandup's contact cost
+            assert np.array_equal(infos["final_state"][i], state_of(task, version, observation))
             assert abs(reward[i] - expected) < 1e-9
             assert terminated[i] == oracle_terminated
             assert truncated[i] == (lengths[i] == episode_limit)
             state = infos["final_state"][i]
             if oracle_terminated or truncated[i]:
                 ended.append(oracle_terminated)
-                state, lengths[i] = state_of(task, oracle.reset()[0]), 0
+                state, lengths[i] = state_of(task, version, oracle.reset()[0]), 0
             assert np.array_equal(infos["state"][i], state)
     assert len(ended) >= 3 and sum(ended) >= terminations
 
@@ -197,11 +226,18 @@ def test_agrees_with_gymnasium(env_id, episode_limit, terminations):
         ("Humanoid-v2-9|8", "qpos", 2, 1.95, False),
         ("Humanoid-v2-9|8", "qpos", 2, 2.05, True),
         ("HumanoidStandup-v2-9|8", "qpos", 2, 3.0, False),
+        ("Ant-v5-4x2", "qvel", 2, -20.0, True),
+        ("Ant-v5-4x2", "qpos", 2, 0.3, False),
+        ("Hopper-v5-3x1", "qvel", 0, -101.0, True),
+        ("Walker2d-v5-2x3", "qpos", 1, 2.05, True),
+        ("Humanoid-v5-9|8", "qpos", 2, 2.05, True),
+        ("Humanoid-v5-9|8", "qvel", 2, -50.0, True),
+        ("HumanoidStandup-v5-9|8", "qvel", 2, -100.0, False),
     ],
 )
 def test_agrees_with_gymnasium_on_extreme_states(env_id, field, index, value, expected):
-    task, envs = env_id.split("-")[0], MaMuJoCoVecEnv(env_id, 1)
-    oracle = oracle_with(task, np.random.default_rng([3, 0]))
+    (task, version, _), envs = env_id.split("-"), MaMuJoCoVecEnv(env_id, 1)
+    oracle = oracle_with(task, version, np.random.default_rng([3, 0]))
     oracle.reset()
     envs.reset(seed=3)
     getattr(envs.batch, field)[0, index] = value
@@ -211,8 +247,9 @@ def test_agrees_with_gymnasium_on_extreme_states(env_id, field, index, value, ex
     _, reward, terminated, _, infos = envs.step(np.zeros(envs.action_space.shape))
     observation, oracle_reward, oracle_terminated, _, info = oracle.step(np.zeros(oracle.model.nu))
     assert terminated[0] == oracle_terminated == expected
-    assert reward[0] == pytest.approx(oracle_reward - info.get("reward_impact", 0.0), abs=1e-9)
-    assert np.array_equal(infos["final_state"][0], state_of(task, observation))
+    impact = info.get("reward_impact", 0.0) if version == "v2" else 0.0
+    assert reward[0] == pytest.approx(oracle_reward - impact, abs=1e-9)
+    assert np.array_equal(infos["final_state"][0], state_of(task, version, observation))
 
 
 # ---- Who controls which joints ----
@@ -252,7 +289,8 @@ def test_only_unequal_parts_are_padded():
     low = MaMuJoCoVecEnv("Humanoid-v2-9|8", 1).single_action_space.low
     assert np.argwhere(low == 0).tolist() == [[1, 8]]
     padded = [env_id for env_id in OWNERS if len({len(joints) for joints in joints_of(env_id)}) > 1]
-    assert padded == ["Humanoid-v2-9|8", "HumanoidStandup-v2-9|8"]
+    expected = ["Humanoid-v2-9|8", "HumanoidStandup-v2-9|8", "Pusher-v5-3p"]
+    assert padded == [*expected, "Humanoid-v5-9|8", "HumanoidStandup-v5-9|8"]
 
 
 # ---- Models built in code ----
@@ -527,6 +565,88 @@ def test_observations_are_a_function_of_the_state(env_id):
         assert np.array_equal(run[obs], agent_observations(run[state], envs.num_agents, np.float32))
 
 
+# ---- Partial observations ----
+def seen_by_agents(envs, state):
+    """What each agent sees of a state (S,), without padding."""
+    return [state[own[own >= 0]] for own in envs.columns]
+
+
+@pytest.mark.parametrize("distance", [0, 1, 2, 4])
+@pytest.mark.parametrize(
+    "env_id",
+    [
+        *("Ant-v5-4x2", "Ant-v5-2x4", "HalfCheetah-v5-2x3", "HalfCheetah-v5-6x1", "Hopper-v5-3x1", "Walker2d-v5-2x3"),
+        *("Humanoid-v5-9|8", "HumanoidStandup-v5-9|8", "Reacher-v5-2x1", "Pusher-v5-3p", "Swimmer-v5-2x1"),
+    ],
+)
+def test_agrees_with_mamujoco_v1(env_id, distance):
+    task, _, partition = env_id.split("-")
+    envs = MaMuJoCoVecEnv(env_id, 1, agent_obsk=distance)
+    envs.reset(seed=1)
+    oracle = mamujoco_v1.parallel_env(task, partition, agent_obsk=distance)
+    oracle.reset(seed=0)
+    single = oracle.single_agent_env.unwrapped
+    single.set_state(envs.task.qpos[0].copy(), envs.task.qvel[0].copy())
+    joint_of = [single.model.joint(joint).name for joint in single.model.actuator_trnid[:, 0]]
+    owners = [{joint_of[node.act_ids] for node in nodes} for nodes in oracle.agent_action_partitions]
+    theirs = [owners.index(set(joints)) for joints in parse_env_id(env_id)[2]]  # they number agents in another order
+    forces = 0.0
+    for actions in random_actions(envs, 20):
+        *_, infos = envs.step(actions)
+        oracle.step(oracle.map_global_action_to_local_actions(envs.batch.ctrl[0].copy()))
+        for agent, seen in enumerate(seen_by_agents(envs, infos["final_state"][0])):
+            expected = oracle._get_obs_agent(theirs[agent])
+            if task == "Walker2d":  # they do not clip velocities as the task does
+                expected = np.clip(expected, -10, 10)
+            if task == "Reacher":  # the third part of a distance in the plane is not in the state
+                expected = expected[~((expected == 0) & (np.arange(len(expected)) == 5))] if agent == 1 else expected
+            if task in ("Humanoid", "HumanoidStandup", "Pusher"):  # they name some joints by others' names
+                seen, expected = np.sort(seen), np.sort(expected)
+            assert np.array_equal(seen, expected)
+        if envs.task.measured:
+            forces = max(forces, np.abs(envs.task.forces).max())
+        if infos["_final_obs"].any():
+            break
+    assert forces > 0 or not envs.task.measured
+
+
+@pytest.mark.parametrize(
+    ("env_id", "distance", "sizes"),
+    [  # worked out by hand: joints' own positions and velocities, positions further out, what the root has
+        ("HalfCheetah-v2-3x2", 0, [4 + 5, 4 + 5, 4 + 5]),
+        ("HalfCheetah-v2-3x2", 1, [4 + 1 + 5, 4 + 4 + 5 - 1, 4 + 2 + 5]),
+        ("Walker2d-v2-6x1", 1, [2 + 1 + 5, 2 + 2 + 5, 2 + 2 + 5, 2 + 1 + 5, 2 + 2 + 5, 2 + 2 + 5]),
+        ("Ant-v2-8x1", 1, [2 + 12 + 4 + 11, 2 + 18 + 1 + 11] * 4),
+        ("manyagent_swimmer-3x2", 1, [4 + 1, 4 + 2, 4 + 1]),
+        ("manyagent_ant-2x1", 0, [8 + 42 + 11, 8 + 42 + 11]),
+        ("manyagent_ant-2x1", 1, [8 + 42 + 2 + 11, 8 + 42 + 2 + 11]),
+        ("coupled_half_cheetah-1p1", 5, [12 + 11, 12 + 11]),
+    ],
+)
+def test_agents_see_what_is_near(env_id, distance, sizes):
+    envs = MaMuJoCoVecEnv(env_id, 2, agent_obsk=distance)
+    assert [(own >= 0).sum() for own in envs.columns] == sizes
+    assert all(len(set(own[own >= 0])) == (own >= 0).sum() for own in envs.columns), "nothing twice"
+    obs, infos = envs.reset()
+    assert obs.shape == envs.observation_space.shape == (2, envs.num_agents, max(sizes) + envs.num_agents)
+    run = rollout(envs, random_actions(envs, 3))
+    for name, state in (("obs", "state"), ("final_obs", "final_state")):
+        expected = agent_observations(run[state], envs.num_agents, np.float32, envs.columns)
+        assert np.array_equal(run[name], expected)
+
+
+@pytest.mark.parametrize("library", [np.asarray, torch.as_tensor], ids=["numpy", "torch"])
+def test_partial_observations_are_standardised_and_filled_up(library):
+    state = np.random.default_rng(0).normal(3.0, 5.0, (2, 4, 6))
+    columns = np.array([[0, 5, 2], [4, -1, -1]])
+    obs = np.asarray(agent_observations(library(state), 2, columns=library(columns)))
+    for place in np.ndindex(2, 4):
+        own = state[place]
+        assert np.allclose(obs[place][0], standardised([own[0], own[5], own[2], 1, 0]), rtol=0, atol=1e-12)
+        vector = standardised([own[4], 0, 1])
+        assert np.allclose(obs[place][1], [vector[0], 0, 0, vector[1], vector[2]], rtol=0, atol=1e-12)
+
+
 # ---- What step returns ----
 def test_is_a_gymnasium_vector_environment():
     envs = MaMuJoCoVecEnv("Hopper-v2-3x1", 3)
@@ -635,7 +755,7 @@ def test_seeds_and_environments_differ():
 
 
 # ---- Saving and resuming ----
-@pytest.mark.parametrize("env_id", ["Hopper-v2-3x1", "Humanoid-v2-17x1", "manyagent_swimmer-3x2"])
+@pytest.mark.parametrize("env_id", ["Hopper-v2-3x1", "Humanoid-v2-17x1", "manyagent_swimmer-3x2", "Humanoid-v5-17x1"])
 def test_resumes_where_it_was_saved(env_id):
     envs = MaMuJoCoVecEnv(env_id, 3, seed=8, episode_limit=33)
     actions = random_actions(envs, 100)
@@ -669,7 +789,7 @@ def test_a_state_of_another_environment_is_refused():
     [
         ("Ant", "unknown env id 'Ant'"),
         ("Ant-v2", "unknown env id 'Ant-v2'"),
-        ("Ant-v5-4x2", "unknown env id 'Ant-v5-4x2'"),
+        ("Ant-v4-4x2", "unknown env id 'Ant-v4-4x2'"),
         ("", "unknown env id"),
         ("Ant-v2-3x3", "unknown partition '3x3'.*2x4d"),
         ("Ant-v2-", "unknown partition ''"),
@@ -690,7 +810,7 @@ def test_unknown_ids_are_refused(env_id, message):
     ("name", "value"),
     [
         *(("num_envs", 0), ("num_envs", -1), ("num_envs", 2.5), ("num_threads", -1)),
-        *(("seed", -1), ("seed", None), ("episode_limit", 0), ("episode_limit", math.nan)),
+        *(("seed", -1), ("seed", None), ("episode_limit", 0), ("episode_limit", math.nan), ("agent_obsk", -1)),
     ],
 )
 def test_impossible_numbers_are_refused(name, value):

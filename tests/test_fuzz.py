@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 import experiment
 import kalei_mappo_mamujoco
 import kalei_matd3_mamujoco
-from mamujoco_env import PARTITIONS, TASKS
+from mamujoco_tasks import TASKS, partitions_of
 
 SCRIPTS = {"matd3": kalei_matd3_mamujoco, "mappo": kalei_mappo_mamujoco}
 # a run of few updates, to be stopped early, with a checkpoint of 60 to 70 kB
@@ -161,7 +161,7 @@ WORDS += [
     "-5",
 ]
 GOOD_IDS = [
-    f"{task}-{partition}" for task, kind in TASKS.items() for partition in PARTITIONS.get(kind, ["3x2", "10x2"])
+    f"{task}-{partition}" for task, kind in TASKS.items() for partition in partitions_of(kind) or ["3x2", "10x2"]
 ]
 ENV_IDS = "Ant-v2-4x3 ant-v2-4x2 Ant-v2 Ant -Ant-v2-4x2 Ant-v2- Ant-v2-4x2- Ant-v3-4x2 Ant-v2-4X2 Ant-v2-4x2d"
 ENV_IDS += " Humanoid-v2-9|8|7 Humanoid-v2-9 manyagent_ant manyagent_ant-99999x99999 manyagent_ant-100x1"
@@ -252,8 +252,10 @@ def check_accepted(args):
     values = dataclasses.asdict(args)
     for field in dataclasses.fields(args):
         name, value = field.name, values[field.name]
-        if name in ("resume", "evaluate"):
+        if name in ("resume", "evaluate", "wandb_entity"):
             assert value is None or type(value) is str
+        elif name == "agent_obsk" and value is None:
+            pass
         elif name in CHOICES:
             assert value in CHOICES[name]
         elif name == "layer_weights":
@@ -272,6 +274,7 @@ def check_accepted(args):
     assert re.fullmatch(r"[\w.+-]+", args.exp_name) and os.sep not in args.exp_name
     many = re.fullmatch("manyagent_(ant|swimmer)-[1-9][0-9]?x[1-9][0-9]?", args.env_id)
     assert args.env_id in GOOD_IDS or many
+    assert not args.render or args.evaluate is not None
     assert args.evaluate is None or (args.resume is None and args.eval_episodes >= 1)
     if "buffer_size" in values:
         assert args.num_envs <= args.buffer_size and args.warmup_steps < args.total_timesteps

@@ -13,6 +13,12 @@ CPU = torch.device("cpu")
 AGENTS, ACT, STATE = 3, 2, 7
 
 
+def make_bounds():
+    high = np.linspace(0.5, 1.5, AGENTS * ACT, dtype=np.float32).reshape(AGENTS, ACT)
+    high[-1, -1] = 0
+    return -high, high
+
+
 @pytest.fixture
 def make_learner():
     """A function that makes a small Learner of 3 agents with 2 actions each; the last one's second is padding."""
@@ -21,9 +27,7 @@ def make_learner():
         torch.manual_seed(seed)
         settings = dict(rollout_steps=6, num_epochs=2, num_minibatches=2, clip=0.2, entropy_coef=0.01, lr=1e-3)
         settings |= dict(lr_decay=False, log_std="shared", hidden_size=16, history_length=3, num_envs=4) | changes
-        high = np.linspace(0.5, 1.5, AGENTS * ACT, dtype=np.float32).reshape(AGENTS, ACT)
-        high[-1, -1] = 0
-        learner = script.Learner(STATE, -high, high, script.Args(**settings), CPU)
+        learner = script.Learner(STATE, *make_bounds(), script.Args(**settings), CPU)
         learner.actor.to(dtype)
         learner.critic.to(dtype)
         for coefficient in (learner.actor_coefficient, learner.critic_coefficient):
@@ -121,6 +125,18 @@ def test_prepare_lays_out_steps_of_agents_in_one_order(make_learner, make_rollou
         torch.testing.assert_close(batch.obs[:, row], obs)
         torch.testing.assert_close(batch.state[row], script.standardise(rollout.state[step, env]))
         assert torch.equal(batch.actions[:, row], rollout.actions[step, env])
+
+
+def test_partial_observations_come_from_the_columns(make_learner, make_rollout):
+    columns = np.array([[0, 3, -1], [1, 2, 6], [4, 5, -1]])
+    args = make_learner().args
+    learner, rollout = script.Learner(STATE, *make_bounds(), args, CPU, columns), make_rollout()
+    batch, _ = learner.prepare(rollout)
+    assert batch.obs.shape == (AGENTS, 24, 3 + AGENTS)
+    for step, env in ((0, 0), (5, 3)):
+        expected = script.agent_observations(rollout.state[step, env].numpy(), AGENTS, columns=columns)
+        torch.testing.assert_close(batch.obs[:, step * 4 + env].numpy(), expected)
+    learner.update(rollout)
 
 
 # ---- ValueNorm ----

@@ -1,5 +1,6 @@
 """kalei_mappo_mamujoco.py as a user runs it: training to a saved model and TensorBoard files, and mistakes."""
 
+import inspect
 import math
 import os
 import re
@@ -77,7 +78,11 @@ def test_a_run_logs_all_there_is(trained):
     env_id, sharing, folder, printed = trained
     assert re.fullmatch(re.escape(env_id.replace("|", "_")) + r"__kalei_mappo_mamujoco__1__\d+", folder.name)
     tags = scalars(folder)
-    assert set(tags) == {f"{group}/{name}" for group, names in METRICS.items() for name in names.split()}
+    expected = {f"{group}/{name}" for group, names in METRICS.items() for name in names.split()}
+    masked_networks = ("actor", "critic") if sharing == "kaleidoscope" else ("critic",)
+    kept = {f"masks/{network}_kept_by_{who}" for network in masked_networks for who in ("none", "all")}
+    assert set(tags) == expected | kept
+    assert set(EventAccumulator(str(folder)).Reload().Tags()["images"]) == {f"masks/{name}" for name in masked_networks}
     assert all(math.isfinite(value) for series in tags.values() for _, value in series)
     # rollouts of 40 steps, the last one whole: 630 is rounded up to 640
     assert [step for step, _ in tags["charts/eval_return"]] == [320, 600, 640]
@@ -274,6 +279,20 @@ def test_help_explains_every_flag(capsys):
     assert stop.value.code == 0
     for name in script.Args.__dataclass_fields__:
         assert "--" + name.replace("_", "-") in out
-    source = SCRIPT.read_text()
-    fields = source[source.index("class Args") : source.index("# what HARL tuned")]
-    assert len(re.findall(r'^    """.+"""$', fields, re.M)) == 1 + len(script.Args.__dataclass_fields__)
+    for args_class in (script.Args, experiment.RunArgs):
+        documented = re.findall(r'^    """.+"""$', inspect.getsource(args_class), re.M)
+        assert len(documented) == 1 + len(args_class.__annotations__)
+
+
+def test_partial_observations_train_resume_and_evaluate(tmp_path):
+    flags = ("--env-id", "HalfCheetah-v5-6x1", "--agent-obsk", 1)
+    code, out, err = run(*flags, *TINY, cwd=tmp_path)
+    assert code == 0, err
+    assert "agents see 8 to 9 of 17 numbers, filled up with zeros" in out
+    (folder,) = (tmp_path / "runs").iterdir()
+    code, out, err = run("--resume", folder, "--total-timesteps", 700, cwd=tmp_path)
+    assert code == 0, err
+    code, out, err = run("--evaluate", folder / "model.pt", "--eval-episodes", 2, cwd=tmp_path)
+    assert code == 0 and out.startswith("HalfCheetah-v5-6x1: return "), err
+    code, out, err = run("--resume", folder, "--agent-obsk", 2, "--total-timesteps", 800, cwd=tmp_path)
+    assert code == 2 and "--agent-obsk is 2, expected 1" in err

@@ -1,6 +1,7 @@
 """The n-step replay buffer against a plain loop over stored transitions."""
 
 import numpy as np
+import pytest
 import torch
 
 import kalei_matd3_mamujoco as script
@@ -9,10 +10,10 @@ from mamujoco_env import agent_observations, standardise
 GAMMA, N_STEP, ENVS, ROWS, SIZE = 0.9, 4, 3, 11, 5
 
 
-def fill(steps, seed=0):
+def fill(steps, columns=None, seed=0):
     """A buffer after `steps` steps of random data, and the data that is still in it, oldest first."""
     rng = np.random.default_rng(seed)
-    replay = script.Replay(ROWS, ENVS, SIZE, (2, 3), N_STEP, GAMMA, torch.device("cpu"))
+    replay = script.Replay(ROWS, ENVS, SIZE, (2, 3), N_STEP, GAMMA, torch.device("cpu"), columns)
     stored = []
     for _ in range(steps):
         terminated = rng.random(ENVS) < 0.15
@@ -79,8 +80,9 @@ def test_rows_that_are_not_filled_yet_reach_no_return(monkeypatch):
     assert last.max() <= 2
 
 
-def test_samples_hold_what_the_networks_see():
-    replay, stored = fill(9)
+@pytest.mark.parametrize("columns", [None, np.array([[0, 2, -1], [1, 2, 0]])], ids=["full", "partial"])
+def test_samples_hold_what_the_networks_see(columns):
+    replay, stored = fill(9, columns)
     torch.manual_seed(0)
     batch = replay.sample(50)
     states = np.concatenate([step[0] for step in stored]).astype(np.float32)
@@ -88,13 +90,15 @@ def test_samples_hold_what_the_networks_see():
     for i in range(50):
         slot = int(np.flatnonzero((actions == batch.actions[i].numpy()).all((1, 2)))[0])
         np.testing.assert_allclose(batch.state[i], standardise(states[slot]), atol=1e-5)
-        np.testing.assert_allclose(batch.obs[i], agent_observations(states[slot], 2), atol=1e-5)
+        seen = agent_observations(states[slot], 2, columns=columns)
+        np.testing.assert_allclose(batch.obs[i], seen, atol=1e-5)
         t, env = divmod(slot, ENVS)
         reward, discount, next_state, terminated = plain_n_step(stored, t, env)
         np.testing.assert_allclose(batch.reward[i], reward, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(batch.discount[i], discount, rtol=1e-6)
         np.testing.assert_allclose(batch.next_state[i], standardise(np.float32(next_state)), atol=1e-5)
-        np.testing.assert_allclose(batch.next_obs[i], agent_observations(np.float32(next_state), 2), atol=1e-5)
+        seen = agent_observations(np.float32(next_state), 2, columns=columns)
+        np.testing.assert_allclose(batch.next_obs[i], seen, atol=1e-5)
         assert bool(batch.terminated[i]) == terminated
 
 

@@ -1,0 +1,299 @@
+"""Run a grid of tasks, variants and seeds: skip what is finished, resume what is not, go on where a run fails.
+
+    OMP_NUM_THREADS=1 python benchmark/grid.py --env-ids Ant-v2-4x2 HalfCheetah-v2-2x3 --seeds 1 2 3 --workers 2 \
+        --variants "kaleidoscope=" "full=--sharing full" "none=--sharing none" \
+        -- --total-timesteps 2000000 --num-threads 1
+    python benchmark/grid.py --env-ids Ant-v2-4x2 --slurm -- --total-timesteps 10000000 > ant.sh && sbatch ant.sh
+
+What follows `--` goes to all runs. A run's --exp-name is the name of its variant, so that its folder is
+runs/{env_id}__{variant}__{seed}__{time}; what it prints goes to runs/grid_logs. The same command, given again, goes on
+where the last one was stopped: it skips a run that has logged its last checkpoint (without checkpoints, its last
+evaluation), resumes one with a checkpoint and starts any other anew. A run that was made with other flags is neither
+skipped nor resumed, but counts as failed.
+
+Ctrl-C or SIGTERM goes on to the runs, which then write checkpoints and end; a second one stops them at once. Exit code
+1 if a run has failed, 130 or 143 after a signal, 2 for a mistake in a flag, before anything is started. Not on Windows.
+"""
+
+import dataclasses
+import fcntl
+import importlib
+import logging
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from experiment import RESUME_MAY_CHANGE, fail, read_flags, require  # noqa: E402
+
+RUN_NAME = re.compile(r"(?P<env_id>.+?)__(?P<exp_name>.+)__(?P<seed>\d+)__(?P<time>\d+)")
+LOGS = Path("runs", "grid_logs")
+MAY_DIFFER = ("exp_name", *RESUME_MAY_CHANGE.split())
+logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of every resumed run
+
+SLURM = """\
+#!/bin/bash
+# sbatch takes what else your cluster asks for: sbatch --time 24:00:00 --gres gpu:1 --cpus-per-task 8 THIS_FILE
+#SBATCH --job-name={name}
+#SBATCH --array=0-{last}
+#SBATCH --chdir={folder}
+#SBATCH --output={logs}/%x_%A_%a.out
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@120
+
+# Two minutes before the time limit, the run is told to write a checkpoint and to end, and is queued again. A SIGTERM,
+# as of a preemption, reaches the run without this shell, which then only waits.
+again=
+trap 'again=1; kill -TERM "$run"' USR1
+trap : TERM
+{command} &
+run=$!
+wait "$run"; code=$?
+while kill -0 "$run" 2>/dev/null; do wait "$run"; code=$?; done
+if [ -n "$again" ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+exit "$code"
+"""
+
+
+@dataclasses.dataclass
+class Options:
+    env_ids: tuple[str, ...] = ()
+    """tasks"""
+    variants: tuple[str, ...] = ("kaleidoscope=", "full=--sharing full", "none=--sharing none")
+    """what is compared, each as NAME=FLAGS"""
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    """seeds of every variant on every task"""
+    script: Path = ROOT / "kalei_mappo_mamujoco.py"
+    """which script trains"""
+    workers: int = 1
+    """runs side by side; OMP_NUM_THREADS and the runs' --num-threads say how many cores each of them takes"""
+    checkpoint_interval: int = 100_000
+    """environment steps between two checkpoints of a run; 0 writes none, and a stopped run then starts anew"""
+    dry_run: bool = False
+    """print the commands and do nothing"""
+    slurm: bool = False
+    """print an array job for sbatch, one index a run, and do nothing else"""
+    only: int | None = None
+    """become the run with this number, from 0, in the foreground; what the array job does"""
+
+
+@dataclasses.dataclass
+class Job:
+    """One run of the grid, with its flags and what the script makes of them."""
+
+    name: str
+    flags: list[str]
+    args: object
+
+    @property
+    def log(self):
+        return LOGS / f"{self.name}.log"
+
+
+def read_events(folder):
+    """({name: value} of the hyperparameters, {tag: {step: value}}) of a run's event files.
+
+    Those of a resumed run are merged as TensorBoard does it: a later file wins from the step it was resumed at.
+    """
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+    hyperparameters, tags = {}, events.Tags()
+    if "hyperparameters/text_summary" in tags["tensors"]:
+        table = events.Tensors("hyperparameters/text_summary")[0].tensor_proto.string_val[0].decode()
+        for line in table.splitlines()[2:]:  # a value may hold a bar
+            name, _, hyperparameters[name] = line.strip().removeprefix("|").removesuffix("|").partition("|")
+    return hyperparameters, {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in tags["scalars"]}
+
+
+def make_jobs(options, common_flags):
+    """All jobs of the grid, their flags checked by the script itself; with --only, that one alone."""
+    require(options, "workers", lambda x: x >= 1, "at least 1")
+    require(options, "checkpoint_interval", lambda x: x >= 0, "at least 0")
+    for name in ("env_ids", "variants", "seeds"):
+        require(options, name, lambda x: 0 < len(x) == len(set(x)), "one or more, none of them twice")
+    script = options.script.resolve()
+    if not script.is_file():
+        fail(f"--script is {options.script}, expected a file")
+    variants = {}
+    for variant in options.variants:
+        name, equals, flags = variant.partition("=")
+        if not equals or name in variants:
+            fail(f"--variants: {variant!r} is one of them, expected NAME=FLAGS, each name once")
+        try:
+            variants[name] = shlex.split(flags)
+        except ValueError as error:
+            fail(f"--variants: {variant!r}: {error}")
+    cells = [(e, name, s) for e in options.env_ids for name in variants for s in options.seeds]
+    if options.only is not None:
+        require(options, "only", lambda x: 0 <= x < len(cells), f"a number from 0 to {len(cells) - 1}")
+        cells = [cells[options.only]]
+
+    sys.path.insert(0, str(script.parent))
+    parse_args = importlib.import_module(script.stem).parse_args
+    jobs = []
+    for env_id, name, seed in cells:
+        flags = ["--env-id", env_id, "--exp-name", name, "--seed", str(seed)]
+        flags += ["--checkpoint-interval", str(options.checkpoint_interval), *common_flags, *variants[name]]
+        args, checkpoint = parse_args(flags)
+        if checkpoint is not None or args.evaluate is not None:
+            fail("--resume or --evaluate is among the runs' flags, expected neither: the grid resumes by itself")
+        if (args.env_id, args.exp_name, args.seed) != (env_id, name, seed):
+            fail(f"--env-id, --exp-name or --seed is among the flags of {name}, expected none: the grid sets them")
+        jobs.append(Job(f"{env_id.replace('|', '_')}__{name}__{seed}", flags, args))
+    return jobs
+
+
+def is_finished(scalars, args):
+    """Whether a run has logged what comes last: its last checkpoint, else its last evaluation, else any last step."""
+    last = ["charts/checkpoint_seconds"] * (args.checkpoint_interval > 0) + ["charts/eval_return"]
+    curves = [scalars[tag] for tag in last if tag in scalars][:1] or scalars.values()
+    return any(max(curve) >= args.total_timesteps for curve in curves)
+
+
+def look_up(job):
+    """(action, folder, what to say of it), where the action is "skip", "resume", "start" or "refuse"."""
+    found = [path for path in Path("runs").glob(f"{job.name}__*") if path.name.rpartition("__")[0] == job.name]
+    found = [path for path in found if RUN_NAME.fullmatch(path.name)]
+    resumable = None
+    for folder in sorted(found, key=lambda path: int(path.name.rpartition("__")[2]), reverse=True):  # the newest first
+        hyperparameters, scalars = read_events(folder)
+        finished = is_finished(scalars, job.args)
+        if not finished and not (folder / "checkpoint.pt").exists():
+            continue
+        for name, value in dataclasses.asdict(job.args).items():
+            before = hyperparameters.get(name, str(value))  # older code may have had no such flag
+            if before != str(value) and name not in MAY_DIFFER:
+                flag = f"--{name.replace('_', '-')}"
+                advice = "rename the variant or move the folder away"
+                return "refuse", None, f"{folder} was made with {flag} {before}, expected {value}: {advice}"
+        if finished:
+            return "skip", folder, f"finished before, in {folder}"
+        resumable = resumable or folder
+    if resumable:
+        return "resume", resumable, f"resumes {resumable}"
+    return "start", None, f"starts anew, {max(found)} has no checkpoint" if found else "starts"
+
+
+def make_command(job, options, action, folder):
+    resume = ["--resume", str(folder)] if action == "resume" else []
+    return [sys.executable, str(options.script.resolve()), *job.flags, *resume]
+
+
+def claim(job):
+    """(log, None), a file descriptor, locked for as long as we or the run hold it; or (None, why there is none)."""
+    try:
+        LOGS.mkdir(parents=True, exist_ok=True)
+        log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    except OSError as error:
+        return None, f"{error.filename}: {error.strerror}"
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(log)
+        return None, f"runs already, see {job.log}"
+    except OSError:  # a file system without locks
+        pass
+    return log, None
+
+
+def print_array_job(options, argv, num_jobs):
+    """The file for sbatch. In it, this command with --only."""
+    require(options, "only", lambda x: x is None, "nothing beside --slurm")
+    end = argv.index("--") if "--" in argv else len(argv)
+    again = [flag for flag in argv[:end] if flag != "--slurm"] + argv[end:]
+    command = f'{shlex.join([sys.executable, str(Path(__file__).resolve())])} --only "$SLURM_ARRAY_TASK_ID"'
+    LOGS.mkdir(parents=True, exist_ok=True)  # Slurm makes no folders
+    folder = shlex.quote(str(Path.cwd()))
+    command += f" {shlex.join(again)}"
+    print(SLURM.format(name=options.script.stem, last=num_jobs - 1, folder=folder, logs=LOGS, command=command), end="")
+
+
+def become(job, options):
+    """Replace this process by the run, so that signals reach it alone, and its exit code is the run's."""
+    log, why_not = claim(job)
+    action, folder, what = look_up(job) if log is not None else ("refuse", None, why_not)
+    print(f"{job.name}: {what}", flush=True)
+    if action in ("skip", "refuse"):
+        sys.exit(action == "refuse")
+    command = make_command(job, options, action, folder)
+    os.set_inheritable(log, True)  # the lock
+    os.execv(command[0], command)
+
+
+def run_all(jobs, options):
+    """Keep --workers runs going until all have ended, or a signal comes. Returns the exit code."""
+    received, told = [], 0
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: received.append(number))
+    waiting, running, failed = list(enumerate(jobs, start=1)), [], 0
+    while running or waiting and not received:
+        while waiting and len(running) < options.workers and not received:
+            number, job = waiting.pop(0)
+            line = f"[{number}/{len(jobs)}] {job.name}"
+            log, why_not = claim(job)
+            action, folder, what = look_up(job) if log is not None else ("refuse", None, why_not)
+            if action in ("start", "resume"):
+                what += f", see {job.log}"
+                # in a group of its own, so that Ctrl-C reaches it once, from here
+                streams = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+                process = subprocess.Popen(make_command(job, options, action, folder), **streams)
+                running.append((line, job, process, time.monotonic()))
+            if log is not None:
+                os.close(log)
+            failed += action == "refuse"
+            print(f"{line}: {what}", flush=True)
+        for number in received[told:]:
+            told += 1
+            print(f"{signal.Signals(number).name}: {len(running)} runs are told to stop", flush=True)
+            for _, _, process, _ in running:
+                process.send_signal(number)
+        for entry in running[:]:
+            line, job, process, start = entry
+            if process.poll() is not None:
+                running.remove(entry)
+                failed += process.returncode != 0
+                said = f": {last_line(job.log)}" if process.returncode else ""
+                minutes = (time.monotonic() - start) / 60
+                print(f"{line}: exit code {process.returncode} after {minutes:.1f} minutes{said}", flush=True)
+        time.sleep(0.1)
+    if received:
+        return 128 + received[0]
+    print(f"{len(jobs)} runs, {failed} failed")
+    return int(failed > 0)
+
+
+def last_line(path):
+    """What a run said last, without the progress bar that goes on in the same line."""
+    lines = path.read_text(errors="replace").replace("\r", "\n").splitlines()
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def main():
+    argv = sys.argv[1:]
+    end = argv.index("--") if "--" in argv else len(argv)
+    options = read_flags(Options, argv[:end], Options())
+    jobs = make_jobs(options, argv[end + 1 :])
+    if options.slurm:
+        print_array_job(options, argv, len(jobs))
+    elif options.dry_run:
+        for job in jobs:
+            action, folder, what = look_up(job)
+            command = make_command(job, options, action, folder)
+            print(f"# {job.name}: {what}" if action in ("skip", "refuse") else shlex.join(command))
+    elif options.only is not None:
+        become(jobs[0], options)
+    else:
+        sys.exit(run_all(jobs, options))
+
+
+if __name__ == "__main__":
+    main()

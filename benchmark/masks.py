@@ -1,0 +1,103 @@
+"""Pictures and a table of what the masks of a saved model share, for models of both scripts.
+
+    python benchmark/masks.py runs/RUN/model.pt --out masks
+
+Writes masks_actor.png and masks_critic.png (see mask_pictures.py), and prints a line a layer, in percent: masked
+weights, the mean over masks; weights that only one of two masks keeps, the mean over pairs; weights that no mask and
+that all masks keep. Of a network without masks, such as a single critic of MAPPO, there is no picture.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import tyro
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import experiment  # noqa: E402
+from kalei_matd3_mamujoco import MaskedLinear  # noqa: E402
+from mask_pictures import difference_matrix, draw, kept_by, masks_act  # noqa: E402
+
+
+@dataclasses.dataclass
+class Options:
+    """Show what the masks of a saved model share."""
+
+    model: tyro.conf.Positional[Path] = tyro.MISSING
+    """a file that --save-model wrote"""
+    out: Path = Path("masks")
+    """the pictures are OUT_actor.png and OUT_critic.png"""
+    scale: int = 2
+    """size of the pictures: 1 is that of TensorBoard's, 2 and 3 are for paper"""
+
+
+def masked_layers(state):
+    """The masked layers of a network, of either script, from its state_dict: both name and shape them alike."""
+    layers = []
+    while f"layers.{len(layers)}.thresholds" in state:
+        prefix = f"layers.{len(layers)}."
+        own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        masks, outputs, inputs = own["thresholds"].shape
+        layer = MaskedLinear(masks, inputs, outputs, 0.0, 0.0, own=own["weight"].dim() == 3)
+        layer.load_state_dict(own)
+        layers.append(layer)
+    if not layers:
+        raise ValueError("no masked layers")
+    return layers
+
+
+def read_networks(path):
+    """{"actor": network, "critic": network} of a file that save_model wrote, each with its `layers` only."""
+    try:
+        model = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(model, dict):
+            raise ValueError(f"holds a {type(model).__name__}")
+        return {name: SimpleNamespace(layers=masked_layers(model[name])) for name in ("actor", "critic")}
+    except OSError as error:
+        experiment.fail(f"{path}: {error.strerror or error}, expected a file that --save-model wrote")
+    except Exception as error:  # what a damaged or foreign file raises depends on where it breaks
+        reason = str(error).split("\n")[0]
+        experiment.fail(f"{path}: not a model that --save-model wrote ({type(error).__name__}: {reason})")
+
+
+def table_rows(name, network):
+    """Cells of text, a row a layer."""
+    for i, layer in enumerate(network.layers, start=1):
+        masks, outputs, inputs = layer.thresholds.shape
+        masked = 1 - layer.masks().float().mean()
+        different = difference_matrix(layer).sum() / max(masks * (masks - 1), 1)
+        shares = (masked, different, *kept_by(layer)[[0, -1]])
+        yield [name, str(i), str(masks), f"{outputs}x{inputs}", *(f"{100 * share:.2f}" for share in shares)]
+
+
+def main():
+    options = experiment.read_flags(Options, None, default=Options())
+    experiment.require(options, "scale", lambda x: 1 <= x <= 10, "an integer from 1 to 10")
+    networks = read_networks(options.model)
+    masked = {name: network for name, network in networks.items() if masks_act(network)}
+    if not masked:
+        experiment.fail(f"{options.model}: a model without masks, expected one trained with --sharing kaleidoscope")
+    table = [["network", "layer", "masks", "out x in", "masked", "difference", "kept by none", "kept by all"]]
+    for name, network in masked.items():
+        table += table_rows(name, network)
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+    for name, network in networks.items():
+        path = f"{options.out}_{name}.png"
+        if name not in masked:
+            print(f"{name}: no masks, no picture")
+            continue
+        try:
+            Image.fromarray(draw(network, name, options.scale)).save(path)
+        except OSError as error:
+            experiment.fail(f"--out: {path}: {error.strerror or error}, expected a place to write to")
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

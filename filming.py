@@ -1,0 +1,132 @@
+"""Films an episode without a screen, or shows it in a window. Both are called after every step of the environments.
+
+    film = Film(envs)
+    film()              # takes a frame of the first environment
+    gif = film.take()   # the frames so far as the bytes of a GIF, and begins a new film
+
+Films need OpenGL, by EGL unless the environment variable MUJOCO_GL names another way (osmesa, glx). Without a GPU,
+Mesa's will do (Debian's libegl1 and libgl1).
+"""
+
+import contextlib
+import io
+import os
+import time
+
+import mujoco
+import numpy as np
+from PIL import Image
+
+HEIGHT, WIDTH = 240, 320
+MAX_FRAMES = 160
+MIN_SECONDS = 0.05  # between two frames
+
+
+def camera_on_robot(model, data):
+    """A camera that follows the first body from the side, at a distance that shows all of the robot as it starts."""
+    mujoco.mj_forward(model, data)
+    moving = model.geom_bodyid > 0
+    reach = np.linalg.norm(data.geom_xpos[moving] - data.xpos[1], axis=1) + model.geom_rbound[moving]
+    camera = mujoco.MjvCamera()
+    camera.type, camera.trackbodyid = mujoco.mjtCamera.mjCAMERA_TRACKING, 1
+    camera.distance, camera.azimuth, camera.elevation = min(2.4 * float(reach.max()), 12.0), 90.0, -20.0
+    return camera
+
+
+class Film:
+    """Frames of the first of `envs`, a MaMuJoCoVecEnv, in real time. Raises RuntimeError where OpenGL does not work."""
+
+    drawer = None
+
+    def __init__(self, envs):
+        self.envs, model = envs, envs.task.model
+        try:
+            if os.environ.get("MUJOCO_GL"):
+                self.context = mujoco.GLContext(WIDTH, HEIGHT)
+            else:
+                from mujoco.egl import GLContext
+
+                self.context = GLContext(WIDTH, HEIGHT)
+            self.context.make_current()
+            self.scene = mujoco.MjvScene(model, maxgeom=10_000)
+            self.drawer = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
+            mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.drawer)
+        except Exception as error:  # what is raised depends on which part of OpenGL is missing
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error
+        for slow in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
+            self.scene.flags[slow] = 0
+        self.data, self.look = mujoco.MjData(model), mujoco.MjvOption()
+        self.camera = camera_on_robot(model, self.data)
+        self.every = max(1, -(-MIN_SECONDS // envs.task.dt))  # steps from frame to frame
+        self.begin()
+
+    def begin(self):
+        self.frames, self.steps = [], 0
+
+    def __call__(self):
+        """Take a frame, if one is due and there are less than MAX_FRAMES."""
+        due = self.steps % self.every == 0 and len(self.frames) < MAX_FRAMES
+        self.steps += 1
+        if not due:
+            return
+        model, data, pixels = self.envs.task.model, self.data, np.empty((HEIGHT, WIDTH, 3), np.uint8)
+        self.envs.batch.get_data(0, data)
+        mujoco.mj_forward(model, data)
+        self.context.make_current()
+        everything = mujoco.mjtCatBit.mjCAT_ALL
+        mujoco.mjv_updateScene(model, data, self.look, None, self.camera, everything, self.scene)
+        window = mujoco.MjrRect(0, 0, WIDTH, HEIGHT)
+        mujoco.mjr_render(window, self.scene, self.drawer)
+        mujoco.mjr_readPixels(pixels, None, window, self.drawer)
+        # few colours without dithering, which a GIF packs to a third
+        self.frames.append(Image.fromarray(pixels[::-1]).quantize(64, dither=Image.Dither.NONE))
+
+    def take(self):
+        """The bytes of a GIF (320 x 240) of the frames since the last take."""
+        milliseconds = 10 * round(100 * self.every * self.envs.task.dt)  # GIFs count hundredths of a second
+        file, (first, *others) = io.BytesIO(), self.frames
+        first.save(file, "GIF", save_all=True, append_images=others, duration=milliseconds, loop=0)
+        self.begin()
+        return file.getvalue()
+
+    def close(self):
+        """Free what OpenGL holds. One Film must be closed before another is made: they share a thread's OpenGL."""
+        if self.drawer is not None:
+            self.context.make_current()
+            self.drawer.free()
+            self.context.free()
+            self.drawer = None
+
+    def __del__(self):  # before MuJoCo frees the drawer by itself, maybe while another context is the current one
+        with contextlib.suppress(Exception):
+            self.close()
+
+
+class Window:
+    """Shows the first of `envs` in MuJoCo's viewer, in real time. Raises RuntimeError where there is no screen."""
+
+    def __init__(self, envs):
+        try:
+            import mujoco.viewer
+
+            self.envs, self.data = envs, mujoco.MjData(envs.task.model)
+            if os.name == "posix" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+                raise RuntimeError("no screen")
+            self.viewer = mujoco.viewer.launch_passive(envs.task.model, self.data)
+        except Exception as error:
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error
+        self.viewer.cam.type, self.viewer.cam.trackbodyid = mujoco.mjtCamera.mjCAMERA_TRACKING, 1
+        self.next_frame = time.monotonic()
+
+    def __call__(self):
+        if not self.viewer.is_running():  # the user has closed it
+            return
+        with self.viewer.lock():
+            self.envs.batch.get_data(0, self.data)
+            mujoco.mj_forward(self.envs.task.model, self.data)
+        self.viewer.sync()
+        self.next_frame = max(self.next_frame + self.envs.task.dt, time.monotonic())
+        time.sleep(self.next_frame - time.monotonic())
+
+    def close(self):
+        self.viewer.close()

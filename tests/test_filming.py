@@ -1,0 +1,153 @@
+"""Films of evaluation episodes, and what is said where there is no OpenGL, no screen, or no Weights & Biases."""
+
+import importlib.util
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import filming
+import kalei_mappo_mamujoco as script
+from mamujoco_env import MaMuJoCoVecEnv
+
+TINY = "--device cpu --env-id Hopper-v2-3x1 --total-timesteps 80 --num-envs 4 --rollout-steps 10 --hidden-size 8"
+TINY += " --eval-episodes 2 --eval-interval 40 --episode-limit 30 --num-threads 1 --save-model"
+
+
+def run(*flags, cwd, **environment):
+    command = [sys.executable, str(Path(script.__file__)), *map(str, flags)]
+    env = {name: value for name, value in os.environ.items() if name not in ("MUJOCO_GL", "DISPLAY", "WAYLAND_DISPLAY")}
+    done = subprocess.run(command, cwd=cwd, env=env | environment, capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def opengl():
+    """Skips where no film can be made."""
+    try:
+        filming.Film(MaMuJoCoVecEnv("Hopper-v2-3x1", 1)).close()
+    except RuntimeError as error:
+        pytest.skip(f"no OpenGL: {error}")
+
+
+def frames_of(gif):
+    with Image.open(io.BytesIO(gif)) as image:
+        frames = []
+        for index in range(image.n_frames):
+            image.seek(index)
+            frames.append(np.asarray(image.convert("RGB")))
+        return frames, image.info["duration"]
+
+
+@pytest.mark.parametrize(("env_id", "every"), [("Ant-v2-4x2", 1), ("Hopper-v2-3x1", 7), ("manyagent_swimmer-2x1", 3)])
+def test_a_film_shows_the_robot_move_in_real_time(env_id, every, opengl):
+    envs = MaMuJoCoVecEnv(env_id, 2)
+    envs.reset()
+    film = filming.Film(envs)
+    draw = np.random.default_rng(0)
+    for _ in range(3 * every):
+        film()
+        envs.step(draw.uniform(envs.action_space.low, envs.action_space.high))
+    frames, milliseconds = frames_of(film.take())
+    film.close()
+    assert len(frames) == 3 and frames[0].shape == (240, 320, 3)
+    assert milliseconds == pytest.approx(1000 * every * envs.task.dt, abs=5)
+    assert all(len(np.unique(frame.reshape(-1, 3), axis=0)) > 3 for frame in frames), "not blank"
+    assert not np.array_equal(frames[0], frames[-1])
+
+
+def test_a_film_is_no_longer_than_its_limit_and_begins_anew(opengl, monkeypatch):
+    monkeypatch.setattr(filming, "MAX_FRAMES", 2)
+    envs = MaMuJoCoVecEnv("HalfCheetah-v2-2x3", 1)
+    film = filming.Film(envs)
+    for _ in range(2):
+        for _ in range(5):
+            film()
+        assert len(frames_of(film.take())[0]) <= 2  # like frames in sequence are one in a GIF
+        assert film.frames == [] and film.steps == 0
+    film.close()
+
+
+def test_evaluations_are_filmed(opengl, tmp_path):
+    code, out, err = run(*TINY.split(), "--capture-video", cwd=tmp_path)
+    assert code == 0, err
+    (folder,) = (tmp_path / "runs").iterdir()
+    films = {path.name: path.read_bytes() for path in folder.glob("*.gif")}
+    assert set(films) == {"evaluation_40.gif", "evaluation_80.gif"}
+    events = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload().Images("videos/evaluation")
+    assert [event.step for event in events] == [40, 80]
+    assert [event.encoded_image_string for event in events] == list(films.values())
+    assert (events[0].width, events[0].height) == (320, 240)
+    code, out, err = run("--evaluate", folder / "model.pt", "--capture-video", "--eval-episodes", 1, cwd=tmp_path)
+    assert code == 0 and out.splitlines()[-1] == str(folder / "model.gif"), err
+    assert len(frames_of((folder / "model.gif").read_bytes())[0]) >= 1
+
+
+def refused(*flags, cwd, **environment):
+    code, out, err = run(*flags, cwd=cwd, **environment)
+    assert code == 2 and err.count("\n") == 1 and err.startswith("error: "), err
+    assert not (cwd / "runs").exists()
+    return err
+
+
+def test_no_opengl_is_one_line(tmp_path):
+    said = refused(*TINY.split(), "--capture-video", cwd=tmp_path, PYOPENGL_PLATFORM="glx")
+    assert "--capture-video" in said and "libegl1" in said
+
+
+def test_no_screen_is_one_line(tmp_path):
+    code, _, err = run(*TINY.split(), cwd=tmp_path)
+    assert code == 0, err
+    (model,) = tmp_path.glob("runs/*/model.pt")
+    os.rename(model, tmp_path / "model.pt")
+    for file in (tmp_path / "runs").rglob("*"):
+        assert file.suffix != ".gif"
+    os.rename(tmp_path / "runs", tmp_path / "before")
+    assert "--render" in refused("--evaluate", tmp_path / "model.pt", "--render", cwd=tmp_path)
+    assert "only with --evaluate" in refused(*TINY.split(), "--render", cwd=tmp_path)
+
+
+FAKE_WANDB = """
+import json, os
+class Error(Exception): pass
+def init(**settings):
+    if os.environ.get("FAKE_WANDB") == "refuse":
+        raise Error("no login")
+    with open("wandb_calls", "a") as file:
+        file.write(json.dumps(settings) + chr(10))
+"""
+
+
+def test_weights_and_biases_get_what_tensorboard_gets(tmp_path):
+    (tmp_path / "wandb.py").write_text(FAKE_WANDB)
+    flags = ["--track", "--wandb-project", "masks", "--checkpoint-interval", "40"]
+    code, _, err = run(*TINY.split(), *flags, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert code == 0, err
+    (folder,) = (tmp_path / "runs").iterdir()
+    (call,) = map(json.loads, (tmp_path / "wandb_calls").read_text().splitlines())
+    assert call["sync_tensorboard"] and call["project"] == "masks" and call["id"] == call["name"] == folder.name
+    assert call["config"]["env_id"] == "Hopper-v2-3x1" and call["resume"] == "allow"
+    assert list(folder.glob("events*")), "TensorBoard is written all the same"
+    code, _, err = run("--resume", folder, "--total-timesteps", 120, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert code == 0, err
+    calls = [json.loads(line) for line in (tmp_path / "wandb_calls").read_text().splitlines()]
+    assert [call["id"] for call in calls] == [folder.name] * 2, "a resumed run is the same run"
+
+
+def test_weights_and_biases_refusing_is_one_line(tmp_path):
+    (tmp_path / "wandb.py").write_text(FAKE_WANDB)
+    code, _, err = run(*TINY.split(), "--track", cwd=tmp_path, PYTHONPATH=str(tmp_path), FAKE_WANDB="refuse")
+    assert code == 2 and err.count("\n") == 1 and "no login" in err, err
+    assert not list((tmp_path / "runs").iterdir())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="Weights & Biases is installed")
+def test_no_weights_and_biases_is_one_line(tmp_path):
+    assert "pip install wandb" in refused(*TINY.split(), "--track", cwd=tmp_path)
