@@ -112,10 +112,12 @@ class Window:
             self.envs, self.data = envs, mujoco.MjData(envs.task.model)
             if os.name == "posix" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
                 raise RuntimeError("no screen")
-            self.viewer = mujoco.viewer.launch_passive(envs.task.model, self.data)
+            model, camera = envs.task.model, camera_on_robot(envs.task.model, self.data)
+            self.viewer = mujoco.viewer.launch_passive(model, self.data, show_left_ui=False, show_right_ui=False)
         except Exception as error:
             raise RuntimeError(f"{type(error).__name__}: {error}") from error
-        self.viewer.cam.type, self.viewer.cam.trackbodyid = mujoco.mjtCamera.mjCAMERA_TRACKING, 1
+        for name in ("type", "trackbodyid", "distance", "azimuth", "elevation"):
+            setattr(self.viewer.cam, name, getattr(camera, name))
         self.next_frame = time.monotonic()
 
     def __call__(self):
@@ -125,8 +127,8 @@ class Window:
             self.envs.batch.get_data(0, self.data)
             mujoco.mj_forward(self.envs.task.model, self.data)
         self.viewer.sync()
+        time.sleep(max(self.next_frame - time.monotonic(), 0))
         self.next_frame = max(self.next_frame + self.envs.task.dt, time.monotonic())
-        time.sleep(self.next_frame - time.monotonic())
 
     def close(self):
         self.viewer.close()
