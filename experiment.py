@@ -22,6 +22,11 @@ import sys
 import time
 from typing import Literal
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -257,6 +262,21 @@ def make_run_folder(args):
             fail(f"{error.filename}: {error.strerror}, expected a folder to write to")
 
 
+def claim(run_folder):
+    """Refuse a folder that another process trains in. Returns what Log.close releases; so does the process's end."""
+    if fcntl is None:  # Windows
+        return None
+    folder = os.open(run_folder, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(folder)
+        fail(f"{run_folder} is being trained in by another process, expected a run that has stopped")
+    except OSError:  # a file system without locks
+        pass
+    return folder
+
+
 class NoLog:
     """Stands in for Log in all processes but the first."""
 
@@ -271,6 +291,10 @@ class Log(SummaryWriter):
     """A SummaryWriter that does not end the training where a disk is full or a folder gone: what it logs is lost."""
 
     silent_until = 0.0  # on time.monotonic()
+
+    def __init__(self, run_folder, claimed=None, **options):
+        self.claimed = claimed
+        super().__init__(run_folder, **options)
 
     def attempt(self, add, *args, **kwargs):
         if time.monotonic() < self.silent_until:
@@ -303,6 +327,9 @@ class Log(SummaryWriter):
             super().close()
         except OSError as error:
             say(f"warning: {self.log_dir}: {error.strerror or error}; the latest scalars are lost")
+        if self.claimed is not None:
+            os.close(self.claimed)
+            self.claimed = None
 
 
 def open_run(args, global_step, rank=0):
@@ -314,15 +341,16 @@ def open_run(args, global_step, rank=0):
         return None, NoLog()
     run_folder = args.resume if args.resume is not None else make_run_folder(args)
     try:
+        claimed = claim(run_folder)
         if args.resume is not None:
             # TensorBoard reads a run's files in the order of their names, which begin with the second they were made in
             names = (name.split(".") for name in os.listdir(run_folder) if name.startswith("events.out.tfevents."))
             made = (int(parts[3]) for parts in names)
             time.sleep(min(max(max(made, default=0) + 1 - time.time(), 0), 1))
             start_tracking(args, run_folder)
-            return run_folder, Log(run_folder, purge_step=global_step + 1)
+            return run_folder, Log(run_folder, claimed, purge_step=global_step + 1)
         start_tracking(args, run_folder)
-        writer = Log(run_folder)
+        writer = Log(run_folder, claimed)
         rows = "\n".join(f"|{name}|{value}|" for name, value in dataclasses.asdict(args).items())
         writer.add_text("hyperparameters", f"|name|value|\n|-|-|\n{rows}")
         return run_folder, writer

@@ -570,6 +570,18 @@ def test_there_must_be_steps_left(steps, stopped, capsys):
     assert stop.value.code == 2 and one_line(err) and f"--total-timesteps is {steps}" in err and "360" in err, err
 
 
+def test_a_run_that_goes_on_is_not_resumed_beside_it(copied, tmp_path, capsys):
+    script, folder = copied
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    claimed = experiment.claim(str(folder))  # as another process that trains there
+    code, _ = train(script, tmp_path, "--resume", folder)
+    err = capsys.readouterr().err
+    assert code == 2 and f"error: {folder} is being trained in by another process" in err, err
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    os.close(claimed)
+    assert train(script, tmp_path, "--resume", folder)[0] == 0
+
+
 def test_a_run_that_is_over_is_not_resumed_without_more_steps(copied, tmp_path, capsys):
     script, folder = copied
     assert train(script, tmp_path, "--resume", folder)[0] == 0
