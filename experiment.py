@@ -175,6 +175,7 @@ def check_common_args(args):
     require(args, "seed", lambda x: 0 <= x < 2**63, "an integer from 0 to 2^63 - 1")
     require(args, "exp_name", lambda x: re.fullmatch(r"[\w.+-]+", x), "letters, digits and any of _ . + -")
     require(args, "agent_obsk", lambda x: x is None or 0 <= x < 2**31, "an integer from 0 to 2^31 - 1")
+    require(args, "capture_video", lambda x: not x or args.eval_episodes >= 1, "--eval-episodes above 0 beside it")
     require(args, "render", lambda x: not x or args.evaluate is not None, "it only with --evaluate")
     if args.track and importlib.util.find_spec("wandb") is None:
         fail("--track is set, expected Weights & Biases to be installed (pip install wandb)")
