@@ -9,6 +9,7 @@ with weights_only=True), written beside the previous one and then put in its pla
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import io
@@ -36,6 +37,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import filming
+from cuda_graphs import compiler_for
 from mamujoco_env import MaMuJoCoVecEnv
 from mamujoco_tasks import parse_env_id
 from mask_pictures import log_masks
@@ -44,7 +46,9 @@ CHECKPOINT_FORMAT = 1
 DIGEST = "sha256"
 # what --resume lets a user change, since none of it changes what the run has learnt so far
 RESUME_MAY_CHANGE = "resume total_timesteps device num_threads log_interval eval_interval eval_episodes save_model"
-RESUME_MAY_CHANGE += " checkpoint_interval checkpoint_buffer capture_video track wandb_project wandb_entity"
+RESUME_MAY_CHANGE += (
+    " checkpoint_interval checkpoint_buffer cudagraph compile capture_video track wandb_project wandb_entity"
+)
 
 
 # ---- Command line ----
@@ -59,6 +63,12 @@ class RunArgs:
     """seed of the weights, the exploration, the minibatches and the environments"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where networks, stored transitions and updates live; auto takes the GPU if there is one"""
+    cudagraph: bool = True
+    """on a GPU, launch a whole update at once, as a CUDA graph, and not kernel by kernel"""
+    compile: bool = False
+    """let torch.compile fuse the updates' kernels, which takes minutes at the start"""
+    overlap: bool = False
+    """act and update at the same time, for a GPU: the weights that act are then one round of updates older"""
     total_timesteps: int = 10_000_000
     """environment steps of the run, over all environments"""
     log_interval: int = 5_000
@@ -181,6 +191,9 @@ def check_common_args(args):
         fail("--track is set, expected Weights & Biases to be installed (pip install wandb)")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device is cuda, expected cpu or auto: PyTorch finds no CUDA device here")
+    on_gpu = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
+    found, compiler = compiler_for("cuda" if on_gpu else "cpu")
+    require(args, "compile", lambda x: not x or found, f"it only where there is {compiler}")
     try:
         parse_env_id(args.env_id)
     except ValueError as error:
@@ -291,11 +304,14 @@ class NoLog:
 class Log(SummaryWriter):
     """A SummaryWriter that does not end the training where a disk is full or a folder gone: what it logs is lost."""
 
+    opened = None  # the one of this process
     silent_until = 0.0  # on time.monotonic()
 
     def __init__(self, run_folder, claimed=None, **options):
         self.claimed = claimed
+        self.has_learnt = "purge_step" in options  # a resumed run
         super().__init__(run_folder, **options)
+        Log.opened = self
 
     def attempt(self, add, *args, **kwargs):
         if time.monotonic() < self.silent_until:
@@ -307,8 +323,9 @@ class Log(SummaryWriter):
             self.file_writer = self.all_writers = None  # the next entry opens a new file
             self.silent_until = time.monotonic() + 60
 
-    def add_scalar(self, *args, **kwargs):
-        self.attempt(super().add_scalar, *args, **kwargs)
+    def add_scalar(self, tag, *args, **kwargs):
+        self.has_learnt |= tag.startswith("losses/")
+        self.attempt(super().add_scalar, tag, *args, **kwargs)
 
     def add_image(self, *args, **kwargs):
         self.attempt(super().add_image, *args, **kwargs)
@@ -361,6 +378,18 @@ def open_run(args, global_step, rank=0):
         fail(f"{run_folder}: {error.strerror or error}, expected a folder to write to")
 
 
+def log_learning(writer, learner, logs, charts, global_step):
+    """Write losses, scalars on the device by name, what the masks have become, and charts, plain values by name."""
+    for name, value in logs.items():
+        writer.add_scalar(name, value.item(), global_step)
+    for name, network in (("actor", learner.actor), ("critic", learner.critic)):
+        for layer, share in enumerate(network.sparsity().tolist(), start=1):
+            writer.add_scalar(f"masks/{name}_sparsity_layer{layer}", share, global_step)
+        writer.add_scalar(f"masks/{name}_difference", network.mask_difference().item(), global_step)
+    for name, value in charts.items():
+        writer.add_scalar(f"charts/{name}", value, global_step)
+
+
 def start_tracking(args, run_folder):
     """With --track, let Weights & Biases take what TensorBoard is given; it must be asked before the writer is made."""
     if not args.track:
@@ -385,6 +414,39 @@ def refuse_what_does_not_fit():
     except (MemoryError, OverflowError, RuntimeError, ValueError) as error:
         reason = str(error).split("\n")[0]
         fail(f"networks, storage and environments of these sizes cannot be made ({type(error).__name__}: {reason})")
+
+
+def lacks_memory(error):
+    """Whether an exception says that memory has ended, on the CPU or on a GPU."""
+    known = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(what in str(error) for what in known)
+
+
+def one_line_without_memory(main):
+    """Decorator of a script's main: where memory ends, so does the run, with one line in the place of a traceback.
+
+    Sizes that can be made may still be too large for the first update. Such a run has learnt nothing: its folder goes,
+    and the exit code is that of a mistake. A later lack leaves what was saved, and is exit code 1.
+    """
+
+    @functools.wraps(main)
+    def guarded():
+        try:
+            main()
+        except (MemoryError, RuntimeError) as error:
+            if not lacks_memory(error):
+                raise
+            log, reason = Log.opened, str(error).split("\n")[0]
+            if log is not None:
+                log.close()
+            if log is not None and log.has_learnt:
+                say(f"error: memory ended ({type(error).__name__}: {reason}); what was saved in {log.log_dir} stays")
+                sys.exit(1)
+            if log is not None:
+                shutil.rmtree(log.log_dir, ignore_errors=True)
+            fail(f"memory ended before anything was learnt ({type(error).__name__}: {reason}), expected smaller sizes")
+
+    return guarded
 
 
 def observation_sizes(envs):
@@ -460,7 +522,7 @@ def save_model(path, learner, global_step):
 def load_actor(path, env_id, device, actor_class, args_class):
     """The actor of a file that save_model wrote and the arguments it was trained with: (actor, args)."""
     try:
-        model = torch.load(path, map_location=device, weights_only=True)
+        model = read(path, device)
         args, state = args_class(**model["args"]), model["actor"]
         bounds = (state["low"].cpu().numpy(), state["high"].cpu().numpy())
         actor = actor_class(state["layers.0.thresholds"].shape[-1], *bounds, args)
@@ -493,18 +555,17 @@ def evaluate_file(args, device, actor_class):
 
 
 # ---- Checkpoints ----
-def write(path, content, with_digest=False):
+def write(path, content):
     """Save so that `path` holds the old content or the new, whole, whatever happens. Returns whether it holds the new.
 
-    With a digest of the file at its end, no change of it goes unnoticed; torch.load does not mind the digest.
+    A digest of the file is at its end, so that no change of it goes unnoticed; torch.load does not mind the digest.
     What goes wrong, such as a full disk or a folder that is gone, is reported on stderr, and the old file stays.
     """
     try:
         with open(f"{path}.tmp", "w+b") as file:
             torch.save(content, file)
-            if with_digest:
-                file.seek(0)
-                file.write(hashlib.file_digest(file, DIGEST).digest())
+            file.seek(0)
+            file.write(hashlib.file_digest(file, DIGEST).digest())
             file.flush()
             os.fsync(file.fileno())
         os.replace(f"{path}.tmp", path)
@@ -516,6 +577,24 @@ def write(path, content, with_digest=False):
             os.remove(f"{path}.tmp")
         return False
     return True
+
+
+def read(path, device):
+    """The dict that `write` wrote to a file, with its tensors on the device. ValueError if the file has changed."""
+    digest = hashlib.new(DIGEST)
+    left = os.stat(path).st_size - digest.digest_size
+    if left < 0:  # a pipe or a device too, which could be read without end
+        raise ValueError("not as it was written")
+    with open(path, "rb") as file:  # torch.load does not look at the checksums in the file
+        while left > 0:
+            digest.update(file.read(min(left, 2**20)))
+            left -= 2**20
+        if digest.digest() != file.read(digest.digest_size):
+            raise ValueError("not as it was written")
+    content = torch.load(path, map_location=device, weights_only=True)
+    if not isinstance(content, dict):
+        raise ValueError(f"holds a {type(content).__name__}")
+    return content
 
 
 def write_bytes(path, content):
@@ -547,16 +626,19 @@ def as_arrays(tree):
     return tree.numpy() if isinstance(tree, torch.Tensor) else tree
 
 
-def write_checkpoint(run_folder, learner, envs, obs, counters, logs=None, replay=None):
+def write_checkpoint(run_folder, learner, envs, obs, counters, acting=None, logs=None, replay=None):
     """Write all that the rest of the run depends on. Returns the seconds it took.
 
     learner: a module with a list `optimizers` and the arguments as `args`; counters: plain values by name, global_step
-    among them; logs: the latest losses by name; replay: has state_dict, or None to leave it out.
+    among them; acting: the generator that draws actions, if it is one of its own; logs: the latest losses by name;
+    replay: has state_dict, or None to leave it out.
     """
     start = time.perf_counter()
     random, device = {"cpu": torch.get_rng_state()}, next(learner.parameters()).device
     if device.type == "cuda":
         random["cuda"] = torch.cuda.get_rng_state(device)
+    if acting is not None:
+        random[f"acting on {device.type}"] = acting.get_state()
     content = {
         "format": CHECKPOINT_FORMAT,
         "args": dataclasses.asdict(learner.args),
@@ -569,7 +651,7 @@ def write_checkpoint(run_folder, learner, envs, obs, counters, logs=None, replay
         "logs": logs,
         "replay": None if replay is None else replay.state_dict(),
     }
-    write(os.path.join(run_folder, "checkpoint.pt"), content, with_digest=True)
+    write(os.path.join(run_folder, "checkpoint.pt"), content)
     return time.perf_counter() - start
 
 
@@ -591,17 +673,7 @@ def read_checkpoint(run_folder, args_class):
     if not os.path.isdir(run_folder):
         fail(f"--resume: {path}: {run_folder!r} is not a folder, expected that of a run")
     with refuse_damage(path):
-        with open(path, "rb") as file:  # torch.load does not look at the checksums in the file
-            digest = hashlib.new(DIGEST)
-            left = os.path.getsize(path) - digest.digest_size
-            while left > 0:
-                digest.update(file.read(min(left, 2**20)))
-                left -= 2**20
-            if digest.digest() != file.read():
-                raise ValueError("not as it was written")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(checkpoint, dict):
-            raise ValueError(f"holds a {type(checkpoint).__name__}")
+        checkpoint = read(path, "cpu")
         version = checkpoint["format"]
         if version != CHECKPOINT_FORMAT:
             raise ValueError(f"format {version}, expected {CHECKPOINT_FORMAT}; written by another version of this code")
@@ -614,7 +686,7 @@ def read_checkpoint(run_folder, args_class):
     return checkpoint
 
 
-def restore(checkpoint, learner, envs, counters, replay=None):
+def restore(checkpoint, learner, envs, counters, acting=None, replay=None):
     """Put learner, environments, generators and, where it was kept, replay back where they were.
 
     Returns obs, the counters of the names given, as a list, and logs.
@@ -623,13 +695,19 @@ def restore(checkpoint, learner, envs, counters, replay=None):
     with refuse_damage(checkpoint["path"]):
         learner.load_state_dict(checkpoint["learner"])
         for optimizer, state in zip(learner.optimizers, checkpoint["optimizers"], strict=True):
+            rates = [group["lr"] for group in optimizer.param_groups]
             optimizer.load_state_dict(state)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                if isinstance(rate, torch.Tensor):  # which a CUDA graph may read, so that it must stay the same one
+                    group["lr"] = rate.copy_(group["lr"])
         envs.set_state(as_arrays(checkpoint["envs"]))
         if replay is not None and checkpoint["replay"] is not None:
             replay.load_state_dict(checkpoint["replay"])
         torch.set_rng_state(checkpoint["random"]["cpu"])
         if device.type == "cuda" and "cuda" in checkpoint["random"]:
             torch.cuda.set_rng_state(checkpoint["random"]["cuda"], device)
+        if acting is not None and f"acting on {device.type}" in checkpoint["random"]:
+            acting.set_state(checkpoint["random"][f"acting on {device.type}"])
         logs = {name: value.to(device) for name, value in (checkpoint["logs"] or {}).items()}
         return checkpoint["obs"].numpy(), [checkpoint["counters"][name] for name in counters.split()], logs
 

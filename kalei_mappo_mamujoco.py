@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import experiment
+from cuda_graphs import Beside, OneLaunch
 from mamujoco_env import MaMuJoCoVecEnv, agent_observations, standardise
 
 
@@ -281,16 +282,20 @@ class Actor(MaskedMLP):
         """The best actions: obs (B, N, obs) -> (B, N, act), within the bounds."""
         return torch.clamp(self(obs.transpose(-3, -2), layers).transpose(-3, -2), self.low, self.high)
 
-    def sample(self, obs, layers):
-        """Random actions: obs (B, N, obs) -> (B, N, act), not clipped."""
+    def sample(self, obs, layers, std, generator=None):
+        """Random actions, not clipped, and their log densities: obs (B, N, obs) -> (B, N, act), (B, N)."""
         mean = self(obs.transpose(-3, -2), layers)
-        return (mean + torch.randn_like(mean) * self.std()).transpose(-3, -2)
+        noise = torch.empty_like(mean).normal_(generator=generator)
+        return (mean + noise * std).transpose(-3, -2), self.log_density(noise, std).mT
 
     def log_prob(self, obs, actions, layers):
         """Of all of an agent's actions together: obs (N, B, obs), actions (N, B, act) -> (N, B)."""
         std = self.std()
-        error = (actions - self(obs, layers)) / std
-        densities = -0.5 * error.square() - torch.log(std) - 0.5 * math.log(2 * math.pi)
+        return self.log_density((actions - self(obs, layers)) / std, std)
+
+    def log_density(self, noise, std):
+        """Of mean + noise * std: noise (N, B, act) -> (N, B)."""
+        densities = -0.5 * noise.square() - torch.log(std) - 0.5 * math.log(2 * math.pi)
         return (densities * self.real).sum(-1)
 
     def entropy(self):
@@ -441,6 +446,7 @@ class Rollout:
         self.state = torch.zeros(*shape, state_size, device=device)
         self.next_state = torch.zeros(*shape, state_size, device=device)  # where the action led to, before any reset
         self.actions = torch.zeros(*shape, *action_shape, device=device)  # as sampled, not clipped
+        self.log_prob = torch.zeros(*shape, action_shape[0], device=device)
         self.reward = torch.zeros(shape, device=device)
         self.terminated = torch.zeros(shape, dtype=torch.bool, device=device)
         self.truncated = torch.zeros(shape, dtype=torch.bool, device=device)
@@ -449,6 +455,13 @@ class Rollout:
         """Store step number `step` of all environments: arrays or tensors of E rows by name."""
         for name, values in arrays.items():
             getattr(self, name)[step] = torch.as_tensor(values)
+
+    def state_dict(self):
+        return {name: value.clone() for name, value in vars(self).items()}
+
+    def load_state_dict(self, saved):
+        for name, value in vars(self).items():
+            value.copy_(saved[name])
 
 
 class Batch(NamedTuple):
@@ -513,15 +526,18 @@ class Learner(nn.Module):
         """Adam, with learning rate and epsilon of their own for the thresholds."""
         thresholds = [parameter for name, parameter in network.named_parameters() if name.endswith("thresholds")]
         others = [parameter for name, parameter in network.named_parameters() if not name.endswith("thresholds")]
-        groups = [dict(params=others, lr=self.args.lr, eps=1e-5)]
-        groups.append(dict(params=thresholds, lr=self.args.threshold_lr, eps=self.args.threshold_eps))
+        # learning rates as tensors, so that they can fall in a graph; a GPU's Adam takes no float64
+        dtype = torch.float32 if device.type == "cuda" else torch.float64
+        lr, threshold_lr = torch.tensor([self.args.lr, self.args.threshold_lr], dtype=dtype, device=device)
+        groups = [dict(params=others, lr=lr, eps=1e-5)]
+        groups.append(dict(params=thresholds, lr=threshold_lr, eps=self.args.threshold_eps))
         return torch.optim.Adam(groups, fused=True, capturable=device.type == "cuda")
 
     def scale_learning_rates(self, factor):
         """Set all learning rates to `factor` times those of the start."""
         for optimizer in self.optimizers:
             for group, lr in zip(optimizer.param_groups, (self.args.lr, self.args.threshold_lr), strict=True):
-                group["lr"] = lr * factor
+                group["lr"].fill_(lr * factor)
 
     @torch.no_grad()
     def prepare(self, rollout):
@@ -545,7 +561,7 @@ class Learner(nn.Module):
             state=state,
             obs=obs,
             actions=actions,
-            log_prob=self.actor.log_prob(obs, actions, self.actor.effective_layers()),
+            log_prob=rollout.log_prob.flatten(0, 1).mT.contiguous(),
             advantages=((advantages - mean) / (std + 1e-5)).flatten(),
             values=predictions[:, : len(state)].contiguous(),
             returns=critic.value_norm.normalise(returns).flatten(),
@@ -642,6 +658,7 @@ def check_args(args):
     experiment.require(args, "num_minibatches", lambda x: x <= rows, f"at most the {rows} steps of a rollout")
 
 
+@experiment.one_line_without_memory
 def main():
     args, checkpoint = parse_args()
     device, rank, num_processes = experiment.start(args)
@@ -660,55 +677,73 @@ def main():
         actor = learner.actor
         rollout = Rollout(args.rollout_steps, args.num_envs, envs.state_size, space.shape, device)
         evaluation = experiment.Evaluation(args) if args.eval_episodes and rank == 0 else None
+    update = OneLaunch(lambda: learner.update(rollout), device, args.cudagraph, args.compile)
+    beside = Beside(device, args.overlap, seed)
 
     if rank > 0:
         torch.manual_seed(seed)
     num_threads, num_envs = torch.get_num_threads(), args.num_envs * num_processes
     global_step = num_updates = 0
     training_seconds = 0.0  # without evaluation
-    status = {}
+    logs, status = {}, {}
     obs, _ = envs.reset()
     if checkpoint is not None:
-        names = "global_step num_updates training_seconds"
-        obs, (global_step, num_updates, training_seconds), _ = experiment.restore(checkpoint, learner, envs, names)
+        parts = (learner, envs, "global_step num_updates training_seconds", beside.generator, rollout)
+        obs, (global_step, num_updates, training_seconds), _ = experiment.restore(checkpoint, *parts)
     state = envs.state
     run_folder, writer = experiment.open_run(args, global_step, rank)
     if rank == 0:
-        tuned = ", ".join(f"{name} {getattr(args, name)}" for name in TUNED_FLAGS)
-        seen = experiment.observation_sizes(envs)
-        print(f"{run_folder} on {num_processes} x {device}: sharing {args.sharing}, {tuned}; {seen}")
+        flags = ", ".join(f"{name} {getattr(args, name)}" for name in ("sharing", *TUNED_FLAGS))
+        print(f"{run_folder} on {num_processes} x {device}: {flags}; {experiment.observation_sizes(envs)}")
     steps_per_rollout = args.rollout_steps * num_envs
     num_steps = -(-args.total_timesteps // steps_per_rollout) * steps_per_rollout
     bar = dict(unit="step", unit_scale=True, dynamic_ncols=True, disable=rank > 0)
     progress = tqdm(total=num_steps, initial=global_step, **bar)
-    while global_step < args.total_timesteps:
-        previous_step, round_start = global_step, time.perf_counter()
 
-        # act: the weights stay the same for a whole rollout, and so do the effective ones; on one thread, since waiting
-        # threads of PyTorch spin on cores that the physics could use
-        torch.set_num_threads(1)
-        with torch.no_grad():
-            layers = actor.effective_layers()
-        for step in range(args.rollout_steps):
+    def act(layers, std):
+        """A rollout's steps of all environments. Returns of each what Rollout.add takes, and infos."""
+        nonlocal obs, state
+        steps = []
+        for _ in range(args.rollout_steps):
             with torch.no_grad():
-                actions = actor.sample(torch.as_tensor(obs, device=device), layers)
+                actions, log_prob = actor.sample(beside.to_device(obs), layers, std, beside.generator)
                 clipped = torch.clamp(actions, actor.low, actor.high)
             obs, reward, terminated, truncated, infos = envs.step(clipped.cpu().numpy())
             outcome = dict(reward=reward, next_state=infos["final_state"], terminated=terminated, truncated=truncated)
-            rollout.add(step, state=state, actions=actions, **outcome)
+            steps.append((dict(state=state, actions=actions, log_prob=log_prob, **outcome), infos))
             state = infos["state"]
-            global_step += num_envs
-            if "episode" in infos:
-                ended, episode = infos["_episode"], infos["episode"]
-                writer.add_scalar("charts/episodic_return", episode["r"][ended].mean(), global_step)
-                writer.add_scalar("charts/episodic_length", episode["l"][ended].mean(), global_step)
+        return steps
 
-        # learn
+    def store(steps, first_step):
+        """Keep what `act` returned, and log the episodes that ended. Returns the last infos."""
+        for number, (transition, infos) in enumerate(steps):
+            rollout.add(number, **transition)
+            if "episode" in infos:
+                step, ended, episode = first_step + (number + 1) * num_envs, infos["_episode"], infos["episode"]
+                writer.add_scalar("charts/episodic_return", episode["r"][ended].mean(), step)
+                writer.add_scalar("charts/episodic_length", episode["l"][ended].mean(), step)
+        return infos
+
+    while global_step < args.total_timesteps:
+        previous_step, round_start = global_step, time.perf_counter()
+
+        # act: the weights stay the same for a whole rollout, and so do the effective ones
+        with torch.no_grad():
+            layers, std = actor.effective_layers(), actor.std()
+        if not args.overlap:  # waiting threads of PyTorch spin on cores that the physics could use
+            torch.set_num_threads(1)
+        steps = beside.start(act, layers, std)
+        global_step += steps_per_rollout
+        if not args.overlap:
+            infos = store(steps.result(), previous_step)
+
+        # learn: with --overlap from the rollout before this one, if there is one
         torch.set_num_threads(num_threads)
         if args.lr_decay:
             learner.scale_learning_rates(1 - previous_step / args.total_timesteps)
-        logs = learner.update(rollout)
-        num_updates += args.num_epochs * args.num_minibatches
+        if previous_step > 0 or not args.overlap:
+            logs = update()
+            num_updates += args.num_epochs * args.num_minibatches
         if reset_due(args.actor_reset_interval, previous_step, global_step, args.total_timesteps):
             num_reset = reset_actor(actor, args.actor_reset_ratio)
             experiment.broadcast(actor)
@@ -719,6 +754,8 @@ def main():
             reset_critic(learner.critic, member)
             experiment.broadcast(learner.critic)
             writer.add_scalar("resets/critic_member", member, global_step)
+        if args.overlap:
+            infos = store(steps.result(), previous_step)
 
         # log
         finished = global_step >= args.total_timesteps
@@ -726,15 +763,9 @@ def main():
         log_due = reached(args.log_interval, previous_step, global_step)
         eval_due = finished or reached(args.eval_interval, previous_step, global_step)
         checkpoint_due = finished or stopping or reached(args.checkpoint_interval, previous_step, global_step)
-        if log_due:
-            for name, value in logs.items():
-                writer.add_scalar(name, value.item(), global_step)
-            for name, network in (("actor", actor), ("critic", learner.critic)):
-                for layer, share in enumerate(network.sparsity().tolist(), start=1):
-                    writer.add_scalar(f"masks/{name}_sparsity_layer{layer}", share, global_step)
-                writer.add_scalar(f"masks/{name}_difference", network.mask_difference().item(), global_step)
-            writer.add_scalar("charts/updates", num_updates, global_step)
-            writer.add_scalar("charts/unstable_episodes", infos["unstable"], global_step)
+        if logs and log_due:
+            charts = dict(updates=num_updates, unstable_episodes=infos["unstable"])
+            experiment.log_learning(writer, learner, logs, charts, global_step)
         experiment.stop_if_diverged(learner, logs, num_updates, writer)
         training_seconds += time.perf_counter() - round_start
         status["SPS"] = int(global_step / training_seconds)
@@ -748,7 +779,8 @@ def main():
             experiment.save_model(os.path.join(run_folder, "model.pt"), learner, global_step)
         if args.checkpoint_interval and checkpoint_due:
             counters = dict(global_step=global_step, num_updates=num_updates, training_seconds=training_seconds)
-            seconds = experiment.write_checkpoint(run_folder, learner, envs, obs, counters)
+            parts = (learner, envs, obs, counters, beside.generator, None, rollout if args.overlap else None)
+            seconds = experiment.write_checkpoint(run_folder, *parts)
             writer.add_scalar("charts/checkpoint_seconds", seconds, global_step)
         progress.set_postfix(status, refresh=False)
         progress.update(global_step - previous_step)

@@ -15,6 +15,7 @@ S numbers of state, O of an observation. Networks and losses take any leading di
 
 import copy
 import dataclasses
+import functools
 import os
 import time
 from typing import Literal, NamedTuple
@@ -24,6 +25,7 @@ import torch.nn as nn
 from tqdm import tqdm
 
 import experiment
+from cuda_graphs import Beside, OneLaunch
 from mamujoco_env import MaMuJoCoVecEnv, agent_observations, standardise
 
 
@@ -578,6 +580,7 @@ def check_args(args):
     experiment.require(args, "batch_size", lambda x: x <= available, expected)
 
 
+@experiment.one_line_without_memory
 def main():
     args, checkpoint = parse_args()
     device, rank, num_processes = experiment.start(args)
@@ -602,6 +605,13 @@ def main():
         replay = Replay(*sizes, args.n_step, args.gamma, device, envs.columns)
         evaluation = experiment.Evaluation(args) if args.eval_episodes and rank == 0 else None
 
+    def update(with_policy):
+        return learner.update(replay.sample(args.batch_size // num_processes), with_policy)
+
+    launch = (device, args.cudagraph, args.compile)
+    updates = [OneLaunch(functools.partial(update, with_policy), *launch) for with_policy in (False, True)]
+    beside = Beside(device, args.overlap, seed)
+
     if rank > 0:
         torch.manual_seed(seed)
     global_step = num_updates = trained_steps = 0
@@ -611,7 +621,7 @@ def main():
     obs, _ = envs.reset()
     if checkpoint is not None:
         names = "global_step num_updates trained_steps training_seconds learning_starts"
-        obs, counters, logs = experiment.restore(checkpoint, learner, envs, names, replay)
+        obs, counters, logs = experiment.restore(checkpoint, learner, envs, names, beside.generator, replay)
         global_step, num_updates, trained_steps, training_seconds, learning_starts = counters
         if checkpoint["replay"] is None:
             learning_starts = global_step + args.warmup_steps
@@ -620,44 +630,59 @@ def main():
     state = envs.state
     run_folder, writer = experiment.open_run(args, global_step, rank)
     if rank == 0:
-        tuned = f"n_step {args.n_step}, policy_freq {args.policy_freq}"
-        seen = experiment.observation_sizes(envs)
-        print(f"{run_folder} on {num_processes} x {device}: sharing {args.sharing}, {tuned}; {seen}")
+        flags = f"sharing {args.sharing}, n_step {args.n_step}, policy_freq {args.policy_freq}"
+        print(f"{run_folder} on {num_processes} x {device}: {flags}; {experiment.observation_sizes(envs)}")
     bar = dict(unit="step", unit_scale=True, dynamic_ncols=True, disable=rank > 0)
     progress = tqdm(total=args.total_timesteps, initial=global_step, **bar)
+
+    def act(layers, first_step, num_steps):
+        """Step all environments num_steps times. Returns of each step what Replay.add takes, and infos."""
+        nonlocal obs, state
+        block = []
+        for step in range(first_step, first_step + num_steps * num_envs, num_envs):
+            with torch.no_grad():
+                if step < args.warmup_steps:
+                    uniform = torch.rand(args.num_envs, *space.shape, device=device, generator=beside.generator)
+                    actions = actor.low + (actor.high - actor.low) * uniform
+                else:
+                    actions = actor.act(beside.to_device(obs), layers)
+                    noise = torch.empty_like(actions).normal_(generator=beside.generator)
+                    actions = torch.clamp(actions + noise * actor.scale * args.exploration_noise, actor.low, actor.high)
+            actions = actions.cpu().numpy()
+            obs, reward, terminated, truncated, infos = envs.step(actions)
+            block.append(((state, actions, reward, infos["final_state"], terminated, truncated), infos))
+            state = infos["state"]
+        return block
+
+    def store(block, step):
+        """Keep what `act` returned, and log the episodes that ended. Returns the last infos."""
+        for transition, infos in block:
+            replay.add(*transition)
+            step += num_envs
+            if "episode" in infos:
+                ended, episode = infos["_episode"], infos["episode"]
+                writer.add_scalar("charts/episodic_return", episode["r"][ended].mean(), step)
+                writer.add_scalar("charts/episodic_length", episode["l"][ended].mean(), step)
+        return infos
+
     while global_step < args.total_timesteps:
         previous_step, round_start = global_step, time.perf_counter()
 
-        # act: the weights stay the same for a whole round, and so do the effective ones
+        # act: the weights stay the same for a whole round, and so do the effective ones; biases need a copy for that
         with torch.no_grad():
-            layers = actor.effective_layers()
-        steps_left = -(-(args.total_timesteps - global_step) // num_envs)
-        for _ in range(min(args.train_interval, steps_left)):
-            with torch.no_grad():
-                if global_step < args.warmup_steps:
-                    uniform = torch.rand(args.num_envs, *space.shape, device=device)
-                    actions = actor.low + (actor.high - actor.low) * uniform
-                else:
-                    actions = actor.act(torch.as_tensor(obs, device=device), layers)
-                    actions += torch.randn_like(actions) * actor.scale * args.exploration_noise
-                    actions = torch.clamp(actions, actor.low, actor.high)
-            actions = actions.cpu().numpy()
-            obs, reward, terminated, truncated, infos = envs.step(actions)
-            replay.add(state, actions, reward, infos["final_state"], terminated, truncated)
-            state = infos["state"]
-            global_step += num_envs
-            if "episode" in infos:
-                ended, episode = infos["_episode"], infos["episode"]
-                writer.add_scalar("charts/episodic_return", episode["r"][ended].mean(), global_step)
-                writer.add_scalar("charts/episodic_length", episode["l"][ended].mean(), global_step)
+            layers = [(weight, bias.clone()) for weight, bias in actor.effective_layers()]
+        num_steps = min(args.train_interval, -(-(args.total_timesteps - global_step) // num_envs))
+        block = beside.start(act, layers, global_step, num_steps)
+        global_step += num_steps * num_envs
+        if not args.overlap:
+            infos = store(block.result(), previous_step)
 
-        # learn
-        learning = global_step > learning_starts
+        # learn: with --overlap from what was there before this round
+        learning = (previous_step if args.overlap else global_step) > learning_starts
         if learning:
             for _ in range(args.updates_per_round):
                 num_updates += 1
-                batch = replay.sample(args.batch_size // num_processes)
-                logs |= learner.update(batch, with_policy=num_updates % args.policy_freq == 0)
+                logs |= updates[num_updates % args.policy_freq == 0]()
             if reset_due(args.actor_reset_interval, previous_step, global_step, args.total_timesteps):
                 num_reset = reset_actor(actor, args.actor_reset_ratio)
                 experiment.broadcast(actor)
@@ -667,6 +692,8 @@ def main():
                 reset_critic(learner.critic, member)
                 experiment.broadcast(learner.critic)
                 writer.add_scalar("resets/critic_member", member, global_step)
+        if args.overlap:
+            infos = store(block.result(), previous_step)
 
         # log
         finished = global_step >= args.total_timesteps
@@ -675,14 +702,8 @@ def main():
         eval_due = finished or reached(args.eval_interval, previous_step, global_step)
         checkpoint_due = finished or stopping or reached(args.checkpoint_interval, previous_step, global_step)
         if logs and log_due:
-            for name, value in logs.items():
-                writer.add_scalar(name, value.item(), global_step)
-            for name, network in (("actor", actor), ("critic", learner.critic)):
-                for layer, share in enumerate(network.sparsity().tolist(), start=1):
-                    writer.add_scalar(f"masks/{name}_sparsity_layer{layer}", share, global_step)
-                writer.add_scalar(f"masks/{name}_difference", network.mask_difference().item(), global_step)
-            writer.add_scalar("charts/updates", num_updates, global_step)
-            writer.add_scalar("charts/unstable_episodes", infos["unstable"], global_step)
+            charts = dict(updates=num_updates, unstable_episodes=infos["unstable"])
+            experiment.log_learning(writer, learner, logs, charts, global_step)
         if learning:
             experiment.stop_if_diverged(learner, logs, num_updates, writer)
             training_seconds += time.perf_counter() - round_start
@@ -700,7 +721,8 @@ def main():
             counters = dict(global_step=global_step, num_updates=num_updates, trained_steps=trained_steps)
             counters |= dict(training_seconds=training_seconds, learning_starts=learning_starts)
             kept = replay if args.checkpoint_buffer else None
-            seconds = experiment.write_checkpoint(run_folder, learner, envs, obs, counters, logs, kept)
+            parts = (learner, envs, obs, counters, beside.generator, logs, kept)
+            seconds = experiment.write_checkpoint(run_folder, *parts)
             writer.add_scalar("charts/checkpoint_seconds", seconds, global_step)
         progress.set_postfix(status, refresh=False)
         progress.update(global_step - previous_step)

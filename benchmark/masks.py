@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch
 import tyro
 from PIL import Image
 
@@ -53,9 +52,7 @@ def masked_layers(state):
 def read_networks(path):
     """{"actor": network, "critic": network} of a file that save_model wrote, each with its `layers` only."""
     try:
-        model = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(model, dict):
-            raise ValueError(f"holds a {type(model).__name__}")
+        model = experiment.read(path, "cpu")
         return {name: SimpleNamespace(layers=masked_layers(model[name])) for name in ("actor", "critic")}
     except OSError as error:
         experiment.fail(f"{path}: {error.strerror or error}, expected a file that --save-model wrote")

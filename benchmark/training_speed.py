@@ -2,17 +2,20 @@
 
     python benchmark/training_speed.py
     python benchmark/training_speed.py --scripts mappo --sharing kaleidoscope full none
+    python benchmark/training_speed.py --modes eager compiled overlap
     python benchmark/training_speed.py --scripts matd3 --num-critics 2  # flags that are not its own go to the scripts
 
 Each line is a run of a script: its rounds (MATD3: acting for --train-interval steps of all environments, then
 --updates-per-round updates; MAPPO: a rollout and all its updates) are made as in the script's main loop, without
 logging and evaluation, with values tuned for the env id. The runs take turns, round by round, so that they meet the
 same conditions. Printed are medians over the timed rounds: environment steps a second; milliseconds an update; the time
-that 10,000,000 steps would take at that pace, without evaluation; and the shares of acting (networks), physics, copying
-(actions to the host, transitions to the device) and updates.
+that 10,000,000 steps would take at that pace, without evaluation; environment steps a second of the physics alone; and
+the shares of acting (networks), physics, copying (actions to the host, transitions to the device) and updates. With
+overlap, these are not one after the other, and have no shares.
 """
 
 import dataclasses
+import functools
 import os
 import platform
 import statistics
@@ -28,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import kalei_mappo_mamujoco as mappo  # noqa: E402
 import kalei_matd3_mamujoco as matd3  # noqa: E402
+from cuda_graphs import Beside, OneLaunch  # noqa: E402
 from mamujoco_env import MaMuJoCoVecEnv  # noqa: E402
 
 PARTS = ("acting", "physics", "copying", "updates")
@@ -45,6 +49,8 @@ class Options:
     """where networks, storage and updates live; auto takes the GPU if there is one"""
     threads: int = os.cpu_count()
     """threads for the products and for the physics"""
+    modes: tuple[Literal["eager", "graph", "compiled", "compiled graph", "overlap", "overlap graph"], ...] = ()
+    """what of --cudagraph, --compile and --overlap the runs use; by default eager, and with a GPU also graphs"""
     rounds: int = 5
     """timed rounds of each run"""
     warmup_rounds: int = 1
@@ -54,11 +60,10 @@ class Options:
 class Run:
     """A training run with a stopwatch in the place of logs."""
 
-    def __init__(self, script, sharing, options, flags):
+    def __init__(self, script, sharing, mode, options, flags):
         self.args, _ = script.parse_args(["--env-id", options.env_id, "--sharing", sharing, *flags])
-        args, self.threads = self.args, options.threads
-        cuda = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
-        self.device = torch.device("cuda" if cuda else "cpu")
+        args, self.threads, self.overlap = self.args, options.threads, "overlap" in mode
+        self.device = torch.device("cuda" if on_gpu(options) else "cpu")
         self.envs = MaMuJoCoVecEnv(
             args.env_id, args.num_envs, args.seed, options.threads, args.episode_limit, args.agent_obsk
         )
@@ -67,43 +72,67 @@ class Run:
             self.envs.state_size, self.space.low, self.space.high, args, self.device, self.envs.columns
         )
         self.make_storage()
+        self.launch = functools.partial(
+            OneLaunch, device=self.device, cudagraph="graph" in mode, compile="compiled" in mode
+        )
+        self.make_updates()
+        self.beside = Beside(self.device, self.overlap, args.seed)
         self.obs, infos = self.envs.reset()
         self.state = infos["state"]
         self.seconds = []  # of each timed round, by part
 
     def lap(self, part):
-        """Add the time since the last call to a part."""
+        """Add the time since the last call to a part, where parts come one after the other."""
+        if self.overlap:
+            return
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         now = time.perf_counter()
         self.spent[part] += now - self.last
         self.last = now
 
-    def round(self, timed):
-        self.spent, self.last = dict.fromkeys(PARTS, 0.0), time.perf_counter()
-        with torch.no_grad():
-            layers = self.learner.actor.effective_layers()
-        for step in range(self.steps):
+    def act(self):
+        block = []
+        for _ in range(self.steps):
             with torch.no_grad():
-                actions = self.act(layers)
+                sampled = self.sample(self.beside.to_device(self.obs))
             self.lap("acting")
-            on_host = torch.clamp(actions, self.learner.actor.low, self.learner.actor.high).cpu().numpy()
+            on_host = torch.clamp(sampled["actions"], self.learner.actor.low, self.learner.actor.high).cpu().numpy()
             self.lap("copying")
             self.obs, reward, terminated, truncated, infos = self.envs.step(on_host)
             self.lap("physics")
-            self.store(step, actions, reward, infos["final_state"], terminated, truncated)
+            outcome = dict(reward=reward, next_state=infos["final_state"], terminated=terminated, truncated=truncated)
+            block.append(dict(state=self.state, **sampled, **outcome))
             self.state = infos["state"]
+        return block
+
+    def round(self, timed):
+        start = self.last = time.perf_counter()
+        self.spent = dict.fromkeys(PARTS, 0.0)
+        with torch.no_grad():
+            self.policy = ([(weight, bias.clone()) for weight, bias in self.learner.actor.effective_layers()],)
+            if isinstance(self, Mappo):
+                self.policy += (self.learner.actor.std(),)
+        torch.set_num_threads(1 if isinstance(self, Mappo) and not self.overlap else self.threads)
+        block = self.beside.start(self.act)
+        if not self.overlap:
+            self.store(block.result())
             self.lap("copying")
+        torch.set_num_threads(self.threads)
         self.update()
         self.lap("updates")
+        if self.overlap:
+            self.store(block.result())
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
         if timed:
-            self.seconds.append(self.spent)
+            self.seconds.append(self.spent | {"whole": time.perf_counter() - start})
 
 
 class Matd3(Run):
     def make_storage(self):
         args = self.args
-        self.steps, self.updates, self.num_updates = args.train_interval, args.updates_per_round, 0
+        self.steps, self.num_updates = args.train_interval, args.updates_per_round
         rows = 2 * args.batch_size
         sizes = (self.envs.state_size, self.space.shape, args.n_step, args.gamma)
         self.replay = matd3.Replay(rows, args.num_envs, *sizes, self.device, self.envs.columns)
@@ -114,43 +143,52 @@ class Matd3(Run):
             self.replay.add(state, actions, reward, infos["final_state"], terminated, truncated)
             state = infos["state"]
 
-    def act(self, layers):
-        actor = self.learner.actor
-        actions = actor.act(torch.as_tensor(self.obs, device=self.device), layers)
-        return actions + torch.randn_like(actions) * actor.scale * self.args.exploration_noise
+    def make_updates(self):
+        def update(with_policy):
+            return self.learner.update(self.replay.sample(self.args.batch_size), with_policy)
 
-    def store(self, step, actions, reward, next_state, terminated, truncated):
-        self.replay.add(self.state, actions, reward, next_state, terminated, truncated)
+        self.updates = [self.launch(functools.partial(update, with_policy)) for with_policy in (False, True)]
+
+    def sample(self, obs):
+        (layers,), actor = self.policy, self.learner.actor
+        actions = actor.act(obs, layers)
+        noise = torch.empty_like(actions).normal_(generator=self.beside.generator)
+        return {"actions": actions + noise * actor.scale * self.args.exploration_noise}
+
+    def store(self, block):
+        for transition in block:
+            self.replay.add(**transition)
 
     def update(self):
-        for _ in range(self.updates):
-            self.num_updates += 1
-            batch = self.replay.sample(self.args.batch_size)
-            self.learner.update(batch, with_policy=self.num_updates % self.args.policy_freq == 0)
+        for number in range(1, self.num_updates + 1):
+            self.updates[number % self.args.policy_freq == 0]()
 
 
 class Mappo(Run):
     def make_storage(self):
         args = self.args
-        self.steps, self.updates = args.rollout_steps, args.num_epochs * args.num_minibatches
+        self.steps, self.num_updates = args.rollout_steps, args.num_epochs * args.num_minibatches
         sizes = (self.envs.state_size, self.space.shape)
         self.rollout = mappo.Rollout(args.rollout_steps, args.num_envs, *sizes, self.device)
 
-    def act(self, layers):
-        torch.set_num_threads(1)
-        return self.learner.actor.sample(torch.as_tensor(self.obs, device=self.device), layers)
+    def make_updates(self):
+        self.update = self.launch(lambda: self.learner.update(self.rollout))
 
-    def store(self, step, actions, reward, next_state, terminated, truncated):
-        ends = dict(terminated=terminated, truncated=truncated)
-        self.rollout.add(step, state=self.state, actions=actions, reward=reward, next_state=next_state, **ends)
+    def sample(self, obs):
+        actions, log_prob = self.learner.actor.sample(obs, *self.policy, self.beside.generator)
+        return {"actions": actions, "log_prob": log_prob}
 
-    def update(self):
-        torch.set_num_threads(self.threads)
-        self.learner.update(self.rollout)
+    def store(self, block):
+        for step, transition in enumerate(block):
+            self.rollout.add(step, **transition)
+
+
+def on_gpu(options):
+    return options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
 
 
 def machine(options):
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() and options.device != "cpu" else "no GPU"
+    device = torch.cuda.get_device_name() if on_gpu(options) else "no GPU"
     cpu = platform.processor() or platform.machine()
     return f"{device}, {cpu} with {os.cpu_count()} cores, {options.threads} threads, torch {torch.__version__}"
 
@@ -160,22 +198,30 @@ def main():
     torch.set_num_threads(options.threads)
     torch.manual_seed(1)
     kinds = {"matd3": (Matd3, matd3), "mappo": (Mappo, mappo)}
-    names = [(script, sharing) for script in options.scripts for sharing in options.sharing]
-    runs = {name: kinds[name[0]][0](kinds[name[0]][1], name[1], options, flags) for name in names}
+    modes = options.modes or (("eager", "graph", "overlap graph") if on_gpu(options) else ("eager",))
+    runs = {}
+    for script in options.scripts:
+        for sharing in options.sharing:
+            for mode in modes:
+                kind, module = kinds[script]
+                runs[script, sharing, mode] = kind(module, sharing, mode, options, flags)
     for number in range(options.warmup_rounds + options.rounds):
         for run in runs.values():
             run.round(timed=number >= options.warmup_rounds)
 
     print(f"{options.env_id}, flags {' '.join(flags) or 'as they are'}; {machine(options)}\n")
-    print("| script, sharing | steps/s | ms/update | 10,000,000 steps, hours | acting | physics | copying | updates |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for (script, sharing), run in runs.items():
-        whole = statistics.median(sum(spent.values()) for spent in run.seconds)
-        parts = [statistics.median(spent[part] for spent in run.seconds) for part in PARTS]
-        rate = run.steps * run.args.num_envs / whole
-        shares = " | ".join(f"{part / sum(parts):.1%}" for part in parts)
-        update = parts[-1] / run.updates * 1000
-        print(f"| {script}, {sharing} | {rate:,.0f} | {update:.1f} | {1e7 / rate / 3600:.1f} | {shares} |")
+    head = ["script, sharing, mode", "steps/s", "ms/update", "10,000,000 steps, hours", "physics, steps/s", *PARTS]
+    print("|", " | ".join(head), "|")
+    print("| --- " * 9 + "|")
+    for name, run in runs.items():
+        rate = run.steps * run.args.num_envs / statistics.median(spent["whole"] for spent in run.seconds)
+        row = [", ".join(name), f"{rate:,.0f}", "", f"{1e7 / rate / 3600:.1f}", "", *[""] * len(PARTS)]
+        if not run.overlap:
+            parts = [statistics.median(spent[part] for spent in run.seconds) for part in PARTS]
+            row[2] = f"{parts[-1] / run.num_updates * 1000:.2f}"
+            row[4] = f"{run.steps * run.args.num_envs / parts[1]:,.0f}"
+            row[5:] = [f"{part / sum(parts):.1%}" for part in parts]
+        print("|", " | ".join(row), "|")
         run.envs.close()
 
 

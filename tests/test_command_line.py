@@ -277,14 +277,18 @@ def test_two_runs_in_one_second_have_two_folders(tmp_path, monkeypatch):
     assert all(os.path.isdir(folder) and "|" not in folder for folder in folders)
 
 
-@pytest.mark.parametrize("content", [b"", b"no model", "truncated", "foreign"])
+@pytest.mark.parametrize("content", [b"", b"no model", "truncated", "a flipped bit", "foreign"])
 def test_evaluating_what_is_not_a_model(content, tmp_path, capsys, monkeypatch, make_learner):
     path = tmp_path / "model.pt"
     if content == "foreign":
-        torch.save({"weights": torch.zeros(3)}, path)
+        experiment.write(path, {"weights": torch.zeros(3)})
     elif content == "truncated":
         experiment.save_model(str(path), make_learner(), 0)
         path.write_bytes(path.read_bytes()[:-1000])
+    elif content == "a flipped bit":
+        experiment.save_model(str(path), make_learner(), 0)
+        whole = path.read_bytes()
+        path.write_bytes(whole[:9000] + bytes([whole[9000] ^ 1]) + whole[9001:])
     else:
         path.write_bytes(content)
     before = path.read_bytes()
@@ -294,6 +298,17 @@ def test_evaluating_what_is_not_a_model(content, tmp_path, capsys, monkeypatch, 
     err = capsys.readouterr().err
     assert stop.value.code == 2 and one_line(err) and str(path) in err, err
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", ["device", "pipe"])
+def test_evaluating_what_has_no_end(kind, tmp_path):
+    path = tmp_path / "model.pt"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    code, out, err = run("--evaluate", path, cwd=tmp_path)
+    assert code == 2 and one_line(err) and str(path) in err and "not as it was written" in err, err
 
 
 def test_evaluating_on_another_task_is_refused(tmp_path, capsys, make_learner):

@@ -408,6 +408,48 @@ def test_sizes_that_no_memory_holds(name, sizes, tmp_path, monkeypatch):
     assert not os.listdir(tmp_path), "a refused run left files behind"
 
 
+TOO_LARGE_TO_LEARN = {  # can be made, and then lack memory in the first update
+    "matd3": dict(
+        env_id="Hopper-v2-3x1", num_envs=100, buffer_size=10_000, warmup_steps=10_000, batch_size=10_000, n_step=10_000
+    ),
+    "mappo": dict(env_id="Hopper-v2-3x1", num_envs=100, rollout_steps=200, hidden_size=400),
+}
+
+
+def learn_in_little_memory(name, sizes, folder):
+    flags = (SMALL_MATD3 if name == "matd3" else SMALL) | dict(total_timesteps=200_000, log_interval=1) | sizes
+    argv = [f"--{key.replace('_', '-')}={value}" for key, value in flags.items()] + ["--save-model"]
+    with contextlib.chdir(folder), little_memory(room=2**28):
+        return main(SCRIPTS[name], argv)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_sizes_that_no_memory_holds_in_the_first_update(name, tmp_path):
+    got = learn_in_little_memory(name, TOO_LARGE_TO_LEARN[name], tmp_path)
+    assert got.code == 2 and "Traceback" not in got.err, got
+    (line,) = [line for line in got.err.splitlines() if "error:" in line]
+    assert "error: memory ended before anything was learnt (" in line and line.endswith("), expected smaller sizes")
+    assert not list((tmp_path / "runs").iterdir()), "a refused run left files behind"
+
+
+def test_memory_that_ends_later(tmp_path, monkeypatch):
+    learner, sizes = kalei_matd3_mamujoco.Learner, dict(updates_per_round=20, eval_interval=1)
+    update = learner.update
+
+    def update_and_want_more(self, *arguments, **options):
+        self.updates = getattr(self, "updates", 0) + 1
+        torch.empty(2**self.updates)
+        return update(self, *arguments, **options)
+
+    monkeypatch.setattr(learner, "update", update_and_want_more)
+    got = learn_in_little_memory("matd3", sizes, tmp_path)
+    assert got.code == 1 and "Traceback" not in got.err, got
+    (line,) = [line for line in got.err.splitlines() if "error:" in line]
+    (run_folder,) = (tmp_path / "runs").iterdir()
+    assert "error: memory ended (" in line and line.endswith(f"; what was saved in runs/{run_folder.name} stays")
+    assert "model.pt" in {path.name for path in run_folder.iterdir()}
+
+
 # ---- Checkpoints of other bytes ----
 def same(a, b):
     """Whether two trees of dicts, lists, tensors and plain values are the same bit for bit."""

@@ -39,15 +39,19 @@ def make_learner():
 
 @pytest.fixture
 def make_rollout():
-    """A function that draws a Rollout that fits make_learner's learners."""
+    """A function that draws a Rollout that fits make_learner's learners, as if the actor had sampled its actions."""
 
-    def make(steps=6, num_envs=4, dtype=torch.float32, seed=0):
+    def make(actor, steps=6, num_envs=4, dtype=torch.float32, seed=0):
         torch.manual_seed(seed)
         rollout = script.Rollout(steps, num_envs, STATE, (AGENTS, ACT), CPU)
         for name in ("state", "next_state", "actions", "reward"):
             setattr(rollout, name, torch.randn_like(getattr(rollout, name)).to(dtype))
         rollout.terminated = torch.rand(steps, num_envs) < 0.2
         rollout.truncated = (torch.rand(steps, num_envs) < 0.2) & ~rollout.terminated
+        obs = script.agent_observations(rollout.state, AGENTS).flatten(0, 1).transpose(0, 1)
+        with torch.no_grad():
+            log_prob = actor.log_prob(obs, rollout.actions.flatten(0, 1).transpose(0, 1), actor.effective_layers())
+        rollout.log_prob = log_prob.mT.view(steps, num_envs, AGENTS)
         return rollout
 
     return make
@@ -98,7 +102,8 @@ def test_a_cut_bootstraps_from_where_it_was_cut_and_a_termination_from_nothing(s
 
 
 def test_prepare_bootstraps_from_the_next_state_of_each_step(make_learner, make_rollout):
-    learner, rollout = make_learner(num_critics=3, ensemble_value="min"), make_rollout()
+    learner = make_learner(num_critics=3, ensemble_value="min")
+    rollout = make_rollout(learner.actor)
     critic = learner.critic
     critic.value_norm.update(torch.randn(100) * 5 + 20)
     with torch.no_grad():
@@ -117,7 +122,8 @@ def test_prepare_bootstraps_from_the_next_state_of_each_step(make_learner, make_
 
 
 def test_prepare_lays_out_steps_of_agents_in_one_order(make_learner, make_rollout):
-    learner, rollout = make_learner(), make_rollout()
+    learner = make_learner()
+    rollout = make_rollout(learner.actor)
     batch, _ = learner.prepare(rollout)
     for step, env in ((0, 0), (2, 3), (5, 1)):
         row = step * 4 + env
@@ -129,8 +135,9 @@ def test_prepare_lays_out_steps_of_agents_in_one_order(make_learner, make_rollou
 
 def test_partial_observations_come_from_the_columns(make_learner, make_rollout):
     columns = np.array([[0, 3, -1], [1, 2, 6], [4, 5, -1]])
-    args = make_learner().args
-    learner, rollout = script.Learner(STATE, *make_bounds(), args, CPU, columns), make_rollout()
+    learner = make_learner()
+    rollout = make_rollout(learner.actor)
+    learner = script.Learner(STATE, *make_bounds(), learner.args, CPU, columns)
     batch, _ = learner.prepare(rollout)
     assert batch.obs.shape == (AGENTS, 24, 3 + AGENTS)
     for step, env in ((0, 0), (5, 3)):
@@ -230,11 +237,14 @@ def test_samples_follow_the_policy_and_only_act_clips(make_learner):
     with torch.no_grad():
         layers = actor.effective_layers()
         obs = torch.randn(1, AGENTS, STATE + AGENTS)
-        samples = actor.sample(obs.expand(20_000, -1, -1), layers)
+        many = obs.expand(20_000, -1, -1)
+        samples, log_prob = actor.sample(many, layers, actor.std())
         mean = actor(obs.transpose(0, 1), layers).transpose(0, 1)
         assert actor.std().flatten()[0].item() == pytest.approx(0.5 / (1 + math.exp(-1)))
         assert (samples.mean(0) - mean[0]).abs().max() < 0.02 and (samples.std(0) - actor.std()).abs().max() < 0.02
         best = actor.act(obs, layers)
+        again = actor.log_prob(many.transpose(0, 1), samples.transpose(0, 1), layers)
+    torch.testing.assert_close(log_prob.mT, again, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(best, torch.maximum(torch.minimum(mean, actor.high), actor.low))
     assert (mean.abs() > actor.high).any() and (samples.abs() > actor.high).any()
 
@@ -299,7 +309,7 @@ def test_full_sharing_gives_all_agents_the_same_weights_and_they_stay_so(make_le
             assert torch.equal(layer.effective()[0], layer.weight.expand(AGENTS, -1, -1))
         assert learner.actor.sparsity().max() == 0 and learner.actor.mask_difference() == 0
         assert int(script.reset_actor(learner.actor, 1.0)) == 0
-        logs = learner.update(make_rollout(seed=seed))
+        logs = learner.update(make_rollout(learner.actor, seed=seed))
         assert logs["losses/actor_diversity"] == 0
     assert all(torch.isfinite(value) for value in logs.values())
 
@@ -314,7 +324,7 @@ def test_without_sharing_one_agents_loss_touches_its_own_parameters_only(make_le
     for layer in learner.actor.layers:
         assert not torch.equal(layer.weight[0], layer.weight[1]), "networks that start alike"
     for seed in range(3):
-        learner.update(make_rollout(seed=seed))
+        learner.update(make_rollout(learner.actor, seed=seed))
     for layer in learner.actor.layers:
         assert torch.equal(layer.effective()[0], layer.weight)
     assert int(script.reset_actor(learner.actor, 1.0)) == 0
@@ -342,7 +352,7 @@ def test_updates_move_all_that_can_move(sharing, make_learner, make_rollout):
     learner = make_learner(sharing=sharing, num_critics=3, output_gain=1.0)
     networks = {"actor": learner.actor, "critic": learner.critic}
     before = {(net, name): p.clone() for net, network in networks.items() for name, p in network.named_parameters()}
-    logs = learner.update(make_rollout())
+    logs = learner.update(make_rollout(learner.actor))
     assert all(torch.isfinite(value) and not value.requires_grad for value in logs.values())
     for (net, name), old in before.items():
         moved = not torch.equal(networks[net].get_parameter(name), old)
@@ -351,7 +361,7 @@ def test_updates_move_all_that_can_move(sharing, make_learner, make_rollout):
 
 def test_the_first_ratio_is_one(make_learner, make_rollout):
     learner = make_learner(num_epochs=1, num_minibatches=1, output_gain=1.0)
-    logs = learner.update(make_rollout())
+    logs = learner.update(make_rollout(learner.actor))
     assert abs(logs["losses/approx_kl"]) < 1e-6 and logs["losses/clipfrac"] == 0
     assert abs(logs["losses/policy"]) < 1e-4, "advantages are 0 on average, and so is the first surrogate"
 
@@ -359,7 +369,7 @@ def test_the_first_ratio_is_one(make_learner, make_rollout):
 def test_an_actor_step_equals_the_equations(make_learner, make_rollout):
     """One step on a whole rollout: loss, entropy bonus, diversity by the mean absolute surrogate, clipping, Adam."""
     learner = make_learner(torch.float64, entropy_coef=0.1, max_grad_norm=0.01, actor_threshold_bias=1.0)
-    rollout = make_rollout(dtype=torch.float64)
+    rollout = make_rollout(learner.actor, dtype=torch.float64)
     batch, _ = learner.prepare(rollout)
     actor, args = learner.actor, learner.args
     log_prob = actor.log_prob(batch.obs, batch.actions, actor.effective_layers())

@@ -221,16 +221,20 @@ def make_learner(**changes):
     return script.Learner(7, -args[1], args[1], args[0], torch.device("cpu"))
 
 
-@pytest.mark.parametrize("content", [b"", b"no model", "truncated", "foreign", "of the other script"])
+@pytest.mark.parametrize("content", [b"", b"no model", "truncated", "a flipped bit", "foreign", "of the other script"])
 def test_evaluating_what_is_not_a_model(content, tmp_path, capsys, monkeypatch):
     path = tmp_path / "model.pt"
     if content == "foreign":
-        torch.save({"weights": torch.zeros(3)}, path)
+        experiment.write(path, {"weights": torch.zeros(3)})
     elif content == "of the other script":
-        torch.save({"actor": {}, "critic": {}, "args": {"n_step": 5}, "global_step": 0}, path)
+        experiment.write(path, {"actor": {}, "critic": {}, "args": {"n_step": 5}, "global_step": 0})
     elif content == "truncated":
         experiment.save_model(str(path), make_learner(), 0)
         path.write_bytes(path.read_bytes()[:-1000])
+    elif content == "a flipped bit":
+        experiment.save_model(str(path), make_learner(), 0)
+        whole = path.read_bytes()
+        path.write_bytes(whole[:9000] + bytes([whole[9000] ^ 1]) + whole[9001:])
     else:
         path.write_bytes(content)
     before = path.read_bytes()

@@ -226,9 +226,9 @@ def test_script_answers_bad_input_with_one_line(run, models, tmp_path, what, com
     elif what == "text":
         path.write_text("not a model")
     elif what == "tensor":
-        torch.save(torch.zeros(3), path)
+        experiment.write(path, torch.zeros(3))
     elif what == "no layers":
-        torch.save({"actor": {}, "critic": {}}, path)
+        experiment.write(path, {"actor": {}, "critic": {}})
     elif what in ("full", "none"):
         path = models(sharing=what)
     elif what != "missing":

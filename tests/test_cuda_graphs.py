@@ -1,0 +1,387 @@
+"""Updates as one launch against the same updates called one by one.
+
+Without a GPU, a stand-in for CUDA graphs records an update's operations on the CPU and does them again on the same
+memory. What it cannot show is what CUDA itself asks of a graph; where there is a GPU, the same tests run on it.
+"""
+
+import contextlib
+import functools
+import shutil
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+import cuda_graphs
+import experiment
+import kalei_mappo_mamujoco as mappo
+import kalei_matd3_mamujoco as matd3
+from cuda_graphs import OneLaunch, compiler_for
+
+STATE, AGENTS, ACT, ENVS = 7, 3, 2, 4
+# operations that wait for the device or copy from the host's memory, which no graph may do
+WAITS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "unique")
+
+
+def tensors(tree):
+    return [value for value in tree_flatten(tree)[0] if isinstance(value, torch.Tensor)]
+
+
+def storages(tree):
+    return [tensor.untyped_storage() for tensor in tensors(tree)]
+
+
+class Recorder(TorchDispatchMode):
+    """Notes all operations on tensors, and keeps what they would have changed."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations, self.kept, self.made = [], {}, set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = operation.overloadpacket.__name__
+        assert name not in WAITS, f"{name} waits for the device"
+        if name == "lift_fresh":
+            assert args[0].dim() == 0, "copies from the host; a single number goes along with the launch"
+        if name == "index":
+            assert all(index is None or index.dtype != torch.bool for index in args[1]), (
+                "its result's size is not known"
+            )
+        for position, argument in enumerate(operation._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                written = args[position] if position < len(args) else kwargs.get(argument.name)
+                for storage in storages(written):
+                    if storage.data_ptr() not in self.made:
+                        self.kept.setdefault(storage.data_ptr(), (storage, storage.clone()))
+        results = operation(*args, **kwargs)
+        new = [returned.alias_info is None for returned in operation._schema.returns]
+        outputs = results if isinstance(results, (tuple, list)) and len(new) > 1 else [results]
+        own = tensors([value for value, is_new in zip(outputs, new, strict=False) if is_new])
+        self.made |= {storage.data_ptr() for storage in storages(own)}
+        self.operations.append((operation, args, kwargs, own, new))
+        return results
+
+    def restore(self):
+        for storage, before in self.kept.values():
+            storage.copy_(before)
+
+
+class GraphOnTheCPU:
+    """As torch.cuda.CUDAGraph does, recording changes nothing, and a replay writes to the memory of the recording."""
+
+    count = 0
+
+    @torch.no_grad()
+    def replay(self):
+        for operation, args, kwargs, own, new in self.operations:
+            results = operation(*args, **kwargs)
+            outputs = results if isinstance(results, (tuple, list)) and len(new) > 1 else [results]
+            fresh = tensors([value for value, is_new in zip(outputs, new, strict=False) if is_new])
+            for old, value in zip(own, fresh, strict=True):
+                old.detach().copy_(value)
+        GraphOnTheCPU.count += 1
+
+
+@contextlib.contextmanager
+def record(graph, capture_error_mode):
+    random, recorder = torch.get_rng_state(), Recorder()
+    with recorder:
+        yield
+    torch.set_rng_state(random)
+    with torch.no_grad():
+        recorder.restore()
+    graph.operations = recorder.operations
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """A GPU, or the CPU with the stand-in."""
+    GraphOnTheCPU.count = 0
+    if torch.cuda.is_available():
+        replay = torch.cuda.CUDAGraph.replay
+
+        def count(graph):
+            GraphOnTheCPU.count += 1
+            replay(graph)
+
+        monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", count)
+        return torch.device("cuda")
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", GraphOnTheCPU)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    return torch.device("cpu")
+
+
+def launcher(function, device, **options):
+    """A OneLaunch that takes the CPU, with the stand-in, for a GPU."""
+    return OneLaunch(function, torch.device("cuda") if device.type == "cpu" else device, **options)
+
+
+def same(a, b):
+    assert list(a) == list(b)
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def draw_step(device):
+    """One step of all environments, of normal numbers."""
+    ends = torch.rand(ENVS, device=device) < 0.1
+    state, next_state = torch.randn(2, ENVS, STATE, device=device)
+    return state, torch.randn(ENVS, AGENTS, ACT, device=device), torch.randn(ENVS, device=device), next_state, ends
+
+
+# ---- OneLaunch ----
+def test_a_graph_goes_on_where_the_calls_before_it_ended(device):
+    total, noise = torch.zeros(3, device=device), torch.zeros(3, device=device)
+
+    def function():
+        noise.copy_(torch.rand_like(noise))
+        total.add_(noise)
+        return {"total": total * 1, "noise": noise}
+
+    torch.manual_seed(0)
+    expected = [{name: value.clone() for name, value in function().items()} for _ in range(9)]
+    total.zero_()
+    torch.manual_seed(0)
+    launch = launcher(function, device)
+    got = [{name: value.clone() for name, value in launch().items()} for _ in range(9)]
+    assert all(map(same, got, expected))
+    assert GraphOnTheCPU.count == 9 - OneLaunch.CALLS_BEFORE_RECORDING
+    assert launch() is launch()
+
+
+def test_no_graph_without_a_gpu_or_where_it_is_not_wanted(device):
+    for launch in (launcher(dict, device, cudagraph=False), OneLaunch(dict, torch.device("cpu"))):
+        assert [launch() for _ in range(9)] == [{}] * 9
+    assert GraphOnTheCPU.count == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of the stand-in")
+def test_the_stand_in_tells_what_a_graph_cannot_do(device):
+    x, calls = torch.ones(3), []
+
+    def waits():
+        return {"x": x * x.sum().item()}
+
+    def has_a_size_that_is_not_known():
+        return {"x": x[x > 0]}
+
+    def counts_in_python():
+        calls.append(0)
+        return {"x": x * len(calls)}
+
+    for function in (waits, has_a_size_that_is_not_known):
+        launch = launcher(function, device)
+        with pytest.raises(AssertionError):
+            for _ in range(9):
+                launch()
+    launch = launcher(counts_in_python, device)
+    assert [launch()["x"][0].item() for _ in range(6)] == [1, 2, 3, 4, 4, 4], "frozen at the recording"
+
+
+# ---- The scripts' updates ----
+def make_matd3(device, **flags):
+    torch.manual_seed(0)
+    args = matd3.Args(hidden_size=16, num_critics=3, policy_freq=2, n_step=3, actor_threshold_bias=1.0, **flags)
+    high = np.linspace(0.5, 1.5, AGENTS * ACT, dtype=np.float32).reshape(AGENTS, ACT)
+    learner = matd3.Learner(STATE, -high, 2 * high, args, device)
+    return learner, matd3.Replay(30, ENVS, STATE, (AGENTS, ACT), args.n_step, args.gamma, device)
+
+
+def train_matd3(learner, replay, device, wrap):
+    """Rounds of acting and updates as in the script's main(), with resets: (losses of each round, acting's actions)."""
+
+    def update(with_policy):
+        return learner.update(replay.sample(16), with_policy)
+
+    updates = [wrap(functools.partial(update, with_policy)) for with_policy in (False, True)]
+    torch.manual_seed(1)
+    trace, logs, num_updates = [], {}, 0
+    for number in range(10):
+        layers = learner.actor.effective_layers()
+        for _ in range(5):
+            state, actions, reward, next_state, ends = draw_step(device)
+            replay.add(state, actions, reward, next_state, ends, torch.zeros_like(ends))
+        for _ in range(4):
+            num_updates += 1
+            logs |= updates[num_updates % 2 == 0]()
+        if number == 6:
+            matd3.reset_actor(learner.actor, 0.5)
+            matd3.reset_critic(learner.critic, 1)
+        obs = torch.randn(ENVS, AGENTS, STATE + AGENTS, device=device)
+        acted = {"actions": learner.actor.act(obs, layers).detach()}
+        trace.append({name: value.clone() for name, value in (logs | acted).items()})
+    return trace
+
+
+@pytest.mark.parametrize("sharing", ["kaleidoscope", "full", "none"])
+def test_matd3_learns_the_same_with_graphs(sharing, device):
+    trained, replays = zip(*[make_matd3(device, sharing=sharing) for _ in range(2)], strict=True)
+    compare(
+        trained,
+        train_matd3(trained[0], replays[0], device, lambda function: function),
+        train_matd3(trained[1], replays[1], device, lambda function: launcher(function, device)),
+    )
+    assert GraphOnTheCPU.count == 40 - 2 * OneLaunch.CALLS_BEFORE_RECORDING
+
+
+def make_mappo(device, **flags):
+    torch.manual_seed(0)
+    settings = dict(hidden_size=16, rollout_steps=6, num_epochs=2, num_minibatches=1, num_critics=2, log_std="agent")
+    args = mappo.Args(clip=0.2, entropy_coef=0.01, lr=1e-3, **settings | flags)
+    high = np.linspace(0.5, 1.5, AGENTS * ACT, dtype=np.float32).reshape(AGENTS, ACT)
+    learner = mappo.Learner(STATE, -high, 2 * high, args, device)
+    return learner, mappo.Rollout(6, ENVS, STATE, (AGENTS, ACT), device)
+
+
+def train_mappo(learner, rollout, device, wrap):
+    """Rollouts and updates as in the script's main(), with resets: (losses of each round, acting's actions)."""
+    update = wrap(functools.partial(learner.update, rollout))
+    torch.manual_seed(1)
+    trace = []
+    for number in range(8):
+        layers = learner.actor.effective_layers()
+        for step in range(6):
+            state, actions, reward, next_state, ends = draw_step(device)
+            outcome = dict(reward=reward, next_state=next_state, terminated=ends, truncated=torch.zeros_like(ends))
+            outcome["log_prob"] = torch.randn(ENVS, AGENTS, device=device) / 10
+            rollout.add(step, state=state, actions=actions, **outcome)
+        learner.scale_learning_rates(1 - number / 8)
+        logs = update()
+        if number == 5:
+            mappo.reset_actor(learner.actor, 0.5)
+            mappo.reset_critic(learner.critic, 1)
+        obs = torch.randn(ENVS, AGENTS, STATE + AGENTS, device=device)
+        acted = {"actions": learner.actor.act(obs, layers).detach()}
+        trace.append({name: value.clone() for name, value in (logs | acted).items()})
+    return trace
+
+
+@pytest.mark.parametrize("num_minibatches", [1, 3])
+@pytest.mark.parametrize("sharing", ["kaleidoscope", "full", "none"])
+def test_mappo_learns_the_same_with_graphs(sharing, num_minibatches, device):
+    flags = dict(sharing=sharing, num_minibatches=num_minibatches)
+    trained, rollouts = zip(*[make_mappo(device, **flags) for _ in range(2)], strict=True)
+    compare(
+        trained,
+        train_mappo(trained[0], rollouts[0], device, lambda function: function),
+        train_mappo(trained[1], rollouts[1], device, lambda function: launcher(function, device)),
+    )
+    assert GraphOnTheCPU.count == 8 - OneLaunch.CALLS_BEFORE_RECORDING
+
+
+def compare(learners, expected, got):
+    """Losses of all rounds and all that the learners hold."""
+    expected, got = [*expected, learners[0].state_dict()], [*got, learners[1].state_dict()]
+    if next(learners[0].parameters()).device.type == "cpu":
+        assert all(map(same, got, expected))
+    for a, b in zip(got, expected, strict=True):  # a GPU may choose other kernels for a graph
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(expected[0]["actions"], expected[-2]["actions"])
+
+
+# ---- torch.compile ----
+@pytest.mark.parametrize("name", ["matd3", "mappo"])
+def test_compiled_updates_learn_the_same(name, device, monkeypatch):
+    """Without a compiler, by what would be given to it: to compile such an update takes a minute and more."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    make, train = {"matd3": (make_matd3, train_matd3), "mappo": (make_mappo, train_mappo)}[name]
+    trained, stores = zip(*[make(device) for _ in range(2)], strict=True)
+    expected = train(trained[0], stores[0], device, lambda function: function)
+    got = train(trained[1], stores[1], device, lambda function: OneLaunch(function, device, compile=True))
+    for a, b in zip([*got, trained[1].state_dict()], [*expected, trained[0].state_dict()], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_no_compiler(monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert compiler_for("cpu")[0] is False
+    with pytest.raises(SystemExit) as stop:
+        matd3.parse_args(["--compile", "--device", "cpu"])
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert err == "error: --compile is True, expected it only where there is a C++ compiler (g++, clang++ or cl)\n"
+
+
+def test_learning_rates_of_a_checkpoint_reach_the_tensors_that_a_graph_reads(tmp_path):
+    learner, _ = make_mappo(torch.device("cpu"))
+    learner.scale_learning_rates(0.25)
+    envs = SimpleNamespace(get_state=dict, set_state=lambda state: None)
+    experiment.write_checkpoint(str(tmp_path), learner, envs, np.zeros(1), {"global_step": 0})
+    other, _ = make_mappo(torch.device("cpu"))
+    rates = [group["lr"] for optimizer in other.optimizers for group in optimizer.param_groups]
+    checkpoint = experiment.read_checkpoint(str(tmp_path), mappo.Args)
+    experiment.restore(checkpoint, other, envs, "global_step")
+    assert [rate.item() for rate in rates] == [0.25 * lr for lr in (1e-3, other.args.threshold_lr)] * 2
+    kept = [group["lr"] for optimizer in other.optimizers for group in optimizer.param_groups]
+    assert all(a is b for a, b in zip(kept, rates, strict=True))
+
+
+# ---- --overlap ----
+OVERLAP = "--device cpu --num-threads 1 --env-id Hopper-v2-3x1 --num-envs 4 --hidden-size 16 --num-critics 2"
+OVERLAP += " --eval-episodes 0 --total-timesteps 400 --overlap --checkpoint-interval 400"
+OVERLAP = {
+    matd3: f"{OVERLAP} --warmup-steps 80 --batch-size 16 --train-interval 10 --updates-per-round 2 --buffer-size 300",
+    mappo: f"{OVERLAP} --rollout-steps 10 --num-epochs 1 --num-minibatches 1",
+}
+
+
+class AtOnce:
+    """Stands in for ThreadPoolExecutor: does its work when it is asked to, or when the result is wanted."""
+
+    def __init__(self, later):
+        self.later = later
+
+    def submit(self, function, *arguments):
+        if self.later:
+            return SimpleNamespace(result=lambda: function(*arguments))
+        result = function(*arguments)
+        return SimpleNamespace(result=lambda: result)
+
+
+def train_with_overlap(script, folder, monkeypatch):
+    """The last checkpoint of a run of 10 rounds of 40 steps."""
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", [script.__file__, *OVERLAP[script].split()])
+    script.main()
+    (path,) = folder.glob("runs/*/checkpoint.pt")
+    return torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize("script", [matd3, mappo], ids=["matd3", "mappo"])
+def test_acting_beside_the_updates_is_as_acting_before_or_after_them(script, tmp_path, monkeypatch):
+    """Neither reads what the other changes: the order is not seen in weights, environments and stored steps."""
+    whole = train_with_overlap(script, tmp_path / "threads", monkeypatch)
+    for later in (False, True):
+        monkeypatch.setattr(cuda_graphs, "ThreadPoolExecutor", lambda *_, later=later: AtOnce(later))
+        other = train_with_overlap(script, tmp_path / f"later {later}", monkeypatch)
+        for part in ("learner", "replay", "random"):
+            assert list(whole[part]) == list(other[part]) != []
+            for name, value in whole[part].items():
+                assert torch.equal(torch.as_tensor(value), torch.as_tensor(other[part][name])), name
+        assert torch.equal(whole["obs"], other["obs"])
+
+
+@pytest.mark.parametrize("script", [matd3, mappo], ids=["matd3", "mappo"])
+def test_updates_with_overlap_learn_from_what_was_acted_before(script, tmp_path, monkeypatch):
+    seen, update = [], script.Learner.update
+
+    def note(self, data, *arguments, **options):
+        seen.append(data.state.clone())
+        return update(self, data, *arguments, **options)
+
+    monkeypatch.setattr(script.Learner, "update", note)
+    train_with_overlap(script, tmp_path / "run", monkeypatch)
+    # of ten rounds, MATD3's first three do not learn (80 steps of warm-up, and one round more), and MAPPO's first
+    assert len(seen) == (2 * 7 if script is matd3 else 9)
+    if script is mappo:
+        assert len({states.sum().item() for states in seen}) == 9, "each rollout once"
+        assert all(len(states.unique()) > 100 for states in seen), "an empty rollout"
