@@ -213,9 +213,6 @@ def start(args):
     kind = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if not {"WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys():
         return torch.device(kind), 0, 1
-    if args.checkpoint_interval or args.resume is not None:
-        flag = "--resume" if args.resume is not None else "--checkpoint-interval"
-        fail(f"{flag} is set, expected neither checkpoints nor --resume with torchrun: they hold one process only")
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if kind == "cuda" else "gloo")
@@ -248,6 +245,18 @@ def broadcast(network):
     if dist.is_initialized():
         for parameter in network.parameters():
             dist.broadcast(parameter, 0)
+
+
+def rank_and_size():
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def share(value):
+    """The first process's value in all of them."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
 
 
 def any_process(condition, device):
@@ -353,10 +362,13 @@ class Log(SummaryWriter):
 def open_run(args, global_step, rank=0):
     """(run folder, Log): new ones, or those of the run that is resumed at global_step.
 
-    TensorBoard then drops what the run had logged after that step. All processes but the first have none.
+    TensorBoard then drops what the run had logged after that step. Of several processes, the first one has the Log.
     """
-    if rank > 0:
-        return None, NoLog()
+    run_folder, writer = open_log(args, global_step) if rank == 0 else (None, NoLog())
+    return share(run_folder), writer
+
+
+def open_log(args, global_step):
     run_folder = args.resume if args.resume is not None else make_run_folder(args)
     try:
         claimed = claim(run_folder)
@@ -639,20 +651,44 @@ def write_checkpoint(run_folder, learner, envs, obs, counters, acting=None, logs
         random["cuda"] = torch.cuda.get_rng_state(device)
     if acting is not None:
         random[f"acting on {device.type}"] = acting.get_state()
-    content = {
+    rank, processes = rank_and_size()
+    of_all = {
         "format": CHECKPOINT_FORMAT,
+        "processes": processes,
         "args": dataclasses.asdict(learner.args),
         "learner": learner.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in learner.optimizers],
+        "counters": counters,
+        "logs": logs,
+    }
+    own = {
         "envs": as_tensors(envs.get_state()),
         "obs": torch.as_tensor(obs),
         "random": random,
-        "counters": counters,
-        "logs": logs,
         "replay": None if replay is None else replay.state_dict(),
     }
-    write(os.path.join(run_folder, "checkpoint.pt"), content)
+    # each process has its own file, and the first one's comes last: it says from which step the others' have to be,
+    # so that these, and their older ones, stay until it is whole
+    path = process_file(run_folder, rank, counters["global_step"])
+    written = rank == 0 or write(path, own)
+    if not any_process(not written, device):
+        written = rank > 0 or write(os.path.join(run_folder, "checkpoint.pt"), of_all | own)
+        if not any_process(not written, device) and rank > 0:
+            remove_older(path)
     return time.perf_counter() - start
+
+
+def process_file(run_folder, rank, step):
+    return os.path.join(run_folder, f"checkpoint_process{rank}_{step}.pt")
+
+
+def remove_older(path):
+    """Remove the files of a process beside its latest one."""
+    folder, latest = os.path.split(path)
+    with contextlib.suppress(OSError):
+        for name in os.listdir(folder):
+            if name != latest and name.startswith(latest.rpartition("_")[0] + "_"):
+                os.remove(os.path.join(folder, name))
 
 
 @contextlib.contextmanager
@@ -682,7 +718,7 @@ def read_checkpoint(run_folder, args_class):
             raise ValueError(f"no {', '.join(sorted(missing))} among its arguments; written by another version")
         checkpoint["args"] = args_class(**checkpoint["args"])
         checkpoint["path"] = path
-        checkpoint["counters"]["global_step"]
+        checkpoint["counters"]["global_step"], checkpoint["processes"]
     return checkpoint
 
 
@@ -691,8 +727,15 @@ def restore(checkpoint, learner, envs, counters, acting=None, replay=None):
 
     Returns obs, the counters of the names given, as a list, and logs.
     """
-    device = next(learner.parameters()).device
-    with refuse_damage(checkpoint["path"]):
+    device, (rank, processes) = next(learner.parameters()).device, rank_and_size()
+    path, step = checkpoint["path"], checkpoint["counters"]["global_step"]
+    if processes != checkpoint["processes"]:
+        fail(f"--resume: {path} is of {checkpoint['processes']} processes, expected as many, not {processes}")
+    if rank > 0:
+        path = process_file(os.path.dirname(path), rank, step)
+        with refuse_damage(path):
+            checkpoint |= read(path, "cpu")
+    with refuse_damage(path):
         learner.load_state_dict(checkpoint["learner"])
         for optimizer, state in zip(learner.optimizers, checkpoint["optimizers"], strict=True):
             rates = [group["lr"] for group in optimizer.param_groups]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import worker_of_processes as worker
+from test_checkpoints import assert_same
 
 import experiment
 import kalei_mappo_mamujoco as mappo
@@ -57,18 +58,76 @@ def test_one_process_writes_for_all(ranks):
         assert torch.load(run / "model.pt", weights_only=True)["global_step"] == 640
 
 
-@pytest.mark.parametrize("script", [matd3, mappo])
-@pytest.mark.parametrize("flag", ["--checkpoint-interval 100"])
-def test_what_holds_one_process_only_is_refused(script, flag, monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    for name, value in dict(WORLD_SIZE="2", RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1").items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sys, "argv", [script.__file__, *flag.split()])
-    with pytest.raises(SystemExit) as stop:
-        script.main()
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.startswith("error: --checkpoint-interval") and len(err.splitlines()) == 1
-    assert not list(tmp_path.iterdir())
+# ---- Checkpoints ----
+# rounds of 40 steps of both, checkpoints at 320, 600 and 640
+FLAGS = "--device cpu --num-threads 1 --env-id Hopper-v2-3x1 --total-timesteps 640 --num-envs 2 --hidden-size 16"
+FLAGS += " --num-critics 2 --eval-interval 300 --eval-episodes 2 --log-interval 40 --checkpoint-interval 300"
+FLAGS += " --actor-reset-interval 120 --critic-reset-interval 80 --actor-threshold-bias 0 --episode-limit 23"
+FLAGS = {
+    matd3: f"{FLAGS} --warmup-steps 200 --batch-size 16 --buffer-size 120 --train-interval 10 --updates-per-round 2",
+    mappo: f"{FLAGS} --rollout-steps 10 --num-epochs 1 --num-minibatches 1 --overlap",
+}
+# dies in the middle of its second checkpoint: with other processes' files written, and the first one's not
+KILLED = """
+import os, signal, sys
+import experiment, {name} as script
+write, count = experiment.write, []
+def write_some(path, content):
+    count.append(path)
+    if len(count) == 2 and path.endswith("checkpoint.pt"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write(path, content)
+experiment.write = write_some
+script.main()
+"""
+
+
+def torchrun(folder, *command, processes=2):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [*start, *map(str, command)]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stderr
+
+
+def checkpoints(run_folder):
+    """{name: content} of a run's checkpoint and of its other processes' files."""
+    return {path.name: torch.load(path, weights_only=True) for path in sorted(run_folder.glob("checkpoint*.pt"))}
+
+
+@pytest.mark.parametrize("script", [matd3, mappo], ids=["matd3", "mappo"])
+def test_two_processes_resume_bit_for_bit(script, tmp_path):
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    code, err = torchrun(tmp_path / "whole", script.__file__, *FLAGS[script].split())
+    assert code == 0, err[-3000:]
+    (whole,) = (tmp_path / "whole" / "runs").iterdir()
+
+    (tmp_path / "killed.py").write_text(KILLED.format(name=script.__name__))
+    code, err = torchrun(tmp_path / "killed", tmp_path / "killed.py", *FLAGS[script].split())
+    assert code != 0
+    (folder,) = (tmp_path / "killed" / "runs").iterdir()
+    assert list(checkpoints(folder)) == ["checkpoint.pt", "checkpoint_process1_320.pt", "checkpoint_process1_600.pt"]
+    assert checkpoints(folder)["checkpoint.pt"]["counters"]["global_step"] == 320
+
+    for processes, expected in ((1, "is of 2 processes, expected as many, not 1"), (2, None)):
+        code, err = torchrun(tmp_path / "killed", script.__file__, "--resume", folder, processes=processes)
+        assert (code == 0) == (expected is None) and (expected or "640/640") in err, err[-3000:]
+    ours, theirs = checkpoints(folder), checkpoints(whole)
+    assert list(ours) == list(theirs) == ["checkpoint.pt", "checkpoint_process1_640.pt"]
+    for name in ours:
+        for content in (ours[name], theirs[name]):
+            content.pop("args", None)
+            content.get("counters", {}).pop("training_seconds", None)
+        assert_same(ours[name], theirs[name], name)
+    first, second = ours.values()
+    assert not torch.equal(first["obs"], second["obs"]), "both processes act in the same environments"
+
+    path = folder / "checkpoint_process1_640.pt"
+    path.write_bytes(path.read_bytes()[:-9])
+    command = ("--resume", folder, "--total-timesteps", 700)
+    code, err = torchrun(tmp_path / "killed", script.__file__, *command)
+    assert code != 0 and f"error: --resume: {path}: not a whole checkpoint" in err, err[-3000:]
 
 
 def test_alone_nothing_is_exchanged():
