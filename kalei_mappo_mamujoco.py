@@ -197,9 +197,7 @@ class Norm(nn.Module):
 
 
 class MaskedMLP(nn.Module):
-    """LayerNorm, then four masked layers with ReLU and LayerNorm between them.
-
-    Of the first LayerNorm only scale and shift are left, since inputs come standardised.
+    """Scale and shift of LayerNorm (inputs are standardised), then four masked layers, ReLU and LayerNorm between them.
 
     `sharing` says what the M masks' networks have in common:
       kaleidoscope   everything but the masks
@@ -470,7 +468,7 @@ class Batch(NamedTuple):
     state: torch.Tensor  # (B, S), standardised
     obs: torch.Tensor  # (N, B, O)
     actions: torch.Tensor  # (N, B, act)
-    log_prob: torch.Tensor  # (N, B), of the policy that acted
+    log_prob: torch.Tensor  # (N, B), of the policy before the updates
     advantages: torch.Tensor  # (B,), normalised: mean 0, std 1
     values: torch.Tensor  # (K, B), in std of returns, of the critic before the updates
     returns: torch.Tensor  # (B,), in std of returns
@@ -557,11 +555,14 @@ class Learner(nn.Module):
         obs = agent_observations(rollout.state.flatten(0, 1), self.num_agents, columns=self.columns)
         obs = obs.transpose(0, 1).contiguous()
         actions = rollout.actions.flatten(0, 1).transpose(0, 1).contiguous()
+        log_prob = rollout.log_prob.flatten(0, 1).mT.contiguous()
+        if args.overlap:  # that is of an older policy, and the clip is to be around the one that is updated
+            log_prob = self.actor.log_prob(obs, actions, self.actor.effective_layers())
         batch = Batch(
             state=state,
             obs=obs,
             actions=actions,
-            log_prob=rollout.log_prob.flatten(0, 1).mT.contiguous(),
+            log_prob=log_prob,
             advantages=((advantages - mean) / (std + 1e-5)).flatten(),
             values=predictions[:, : len(state)].contiguous(),
             returns=critic.value_norm.normalise(returns).flatten(),

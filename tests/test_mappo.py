@@ -359,9 +359,13 @@ def test_updates_move_all_that_can_move(sharing, make_learner, make_rollout):
         assert moved == (sharing == "kaleidoscope" or net == "critic" or not name.endswith("thresholds")), name
 
 
-def test_the_first_ratio_is_one(make_learner, make_rollout):
-    learner = make_learner(num_epochs=1, num_minibatches=1, output_gain=1.0)
-    logs = learner.update(make_rollout(learner.actor))
+@pytest.mark.parametrize("overlap", [False, True])
+def test_the_first_ratio_is_one(overlap, make_learner, make_rollout):
+    learner = make_learner(num_epochs=1, num_minibatches=1, output_gain=1.0, overlap=overlap)
+    rollout = make_rollout(learner.actor)
+    if overlap:  # an older policy has acted
+        rollout.log_prob += torch.randn_like(rollout.log_prob)
+    logs = learner.update(rollout)
     assert abs(logs["losses/approx_kl"]) < 1e-6 and logs["losses/clipfrac"] == 0
     assert abs(logs["losses/policy"]) < 1e-4, "advantages are 0 on average, and so is the first surrogate"
 
