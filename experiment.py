@@ -10,6 +10,7 @@ with weights_only=True), written beside the previous one and then put in its pla
 import contextlib
 import dataclasses
 import functools
+import glob
 import hashlib
 import importlib.util
 import io
@@ -46,9 +47,8 @@ CHECKPOINT_FORMAT = 1
 DIGEST = "sha256"
 # what --resume lets a user change, since none of it changes what the run has learnt so far
 RESUME_MAY_CHANGE = "resume total_timesteps device num_threads log_interval eval_interval eval_episodes save_model"
-RESUME_MAY_CHANGE += (
-    " checkpoint_interval checkpoint_buffer cudagraph compile capture_video track wandb_project wandb_entity"
-)
+RESUME_MAY_CHANGE += " checkpoint_interval checkpoint_buffer cudagraph compile capture_video track wandb_project"
+RESUME_MAY_CHANGE += " wandb_entity"
 
 
 # ---- Command line ----
@@ -390,6 +390,14 @@ def open_log(args, global_step):
         fail(f"{run_folder}: {error.strerror or error}, expected a folder to write to")
 
 
+def log_episodes(writer, infos, global_step):
+    """Write mean return and length of the episodes that ended in a step, if any did."""
+    if "episode" in infos:
+        ended, episode = infos["_episode"], infos["episode"]
+        writer.add_scalar("charts/episodic_return", episode["r"][ended].mean(), global_step)
+        writer.add_scalar("charts/episodic_length", episode["l"][ended].mean(), global_step)
+
+
 def log_learning(writer, learner, logs, charts, global_step):
     """Write losses, scalars on the device by name, what the masks have become, and charts, plain values by name."""
     for name, value in logs.items():
@@ -448,15 +456,14 @@ def one_line_without_memory(main):
         except (MemoryError, RuntimeError) as error:
             if not lacks_memory(error):
                 raise
-            log, reason = Log.opened, str(error).split("\n")[0]
+            log, reason = Log.opened, f"{type(error).__name__}: {str(error).split(chr(10))[0]}"
             if log is not None:
                 log.close()
-            if log is not None and log.has_learnt:
-                say(f"error: memory ended ({type(error).__name__}: {reason}); what was saved in {log.log_dir} stays")
-                sys.exit(1)
-            if log is not None:
+                if log.has_learnt or glob.glob(os.path.join(glob.escape(log.log_dir), "*.pt")):
+                    say(f"error: memory ended ({reason}); what was saved in {log.log_dir} stays")
+                    sys.exit(1)
                 shutil.rmtree(log.log_dir, ignore_errors=True)
-            fail(f"memory ended before anything was learnt ({type(error).__name__}: {reason}), expected smaller sizes")
+            fail(f"memory ended before anything was learnt ({reason}), expected smaller sizes")
 
     return guarded
 

@@ -719,10 +719,7 @@ def main():
         """Keep what `act` returned, and log the episodes that ended. Returns the last infos."""
         for number, (transition, infos) in enumerate(steps):
             rollout.add(number, **transition)
-            if "episode" in infos:
-                step, ended, episode = first_step + (number + 1) * num_envs, infos["_episode"], infos["episode"]
-                writer.add_scalar("charts/episodic_return", episode["r"][ended].mean(), step)
-                writer.add_scalar("charts/episodic_length", episode["l"][ended].mean(), step)
+            experiment.log_episodes(writer, infos, first_step + (number + 1) * num_envs)
         return infos
 
     while global_step < args.total_timesteps:

@@ -659,10 +659,7 @@ def main():
         for transition, infos in block:
             replay.add(*transition)
             step += num_envs
-            if "episode" in infos:
-                ended, episode = infos["_episode"], infos["episode"]
-                writer.add_scalar("charts/episodic_return", episode["r"][ended].mean(), step)
-                writer.add_scalar("charts/episodic_length", episode["l"][ended].mean(), step)
+            experiment.log_episodes(writer, infos, step)
         return infos
 
     while global_step < args.total_timesteps:

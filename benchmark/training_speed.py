@@ -110,10 +110,7 @@ class Run:
         start = self.last = time.perf_counter()
         self.spent = dict.fromkeys(PARTS, 0.0)
         with torch.no_grad():
-            self.policy = ([(weight, bias.clone()) for weight, bias in self.learner.actor.effective_layers()],)
-            if isinstance(self, Mappo):
-                self.policy += (self.learner.actor.std(),)
-        torch.set_num_threads(1 if isinstance(self, Mappo) and not self.overlap else self.threads)
+            self.policy = self.keep_policy(self.learner.actor)
         block = self.beside.start(self.act)
         if not self.overlap:
             self.store(block.result())
@@ -149,9 +146,12 @@ class Matd3(Run):
 
         self.updates = [self.launch(functools.partial(update, with_policy)) for with_policy in (False, True)]
 
+    def keep_policy(self, actor):
+        return [(weight, bias.clone()) for weight, bias in actor.effective_layers()]
+
     def sample(self, obs):
-        (layers,), actor = self.policy, self.learner.actor
-        actions = actor.act(obs, layers)
+        actor = self.learner.actor
+        actions = actor.act(obs, self.policy)
         noise = torch.empty_like(actions).normal_(generator=self.beside.generator)
         return {"actions": actions + noise * actor.scale * self.args.exploration_noise}
 
@@ -173,6 +173,11 @@ class Mappo(Run):
 
     def make_updates(self):
         self.update = self.launch(lambda: self.learner.update(self.rollout))
+
+    def keep_policy(self, actor):
+        if not self.overlap:
+            torch.set_num_threads(1)  # until the updates
+        return actor.effective_layers(), actor.std()
 
     def sample(self, obs):
         actions, log_prob = self.learner.actor.sample(obs, *self.policy, self.beside.generator)

@@ -432,8 +432,10 @@ def test_sizes_that_no_memory_holds_in_the_first_update(name, tmp_path):
     assert not list((tmp_path / "runs").iterdir()), "a refused run left files behind"
 
 
-def test_memory_that_ends_later(tmp_path, monkeypatch):
-    learner, sizes = kalei_matd3_mamujoco.Learner, dict(updates_per_round=20, eval_interval=1)
+@pytest.mark.parametrize("log_interval", [1, 10**6])  # losses are logged, or there is a model only
+def test_memory_that_ends_later(log_interval, tmp_path, monkeypatch):
+    learner = kalei_matd3_mamujoco.Learner
+    sizes = dict(updates_per_round=20, eval_interval=1, log_interval=log_interval)
     update = learner.update
 
     def update_and_want_more(self, *arguments, **options):
