@@ -10,9 +10,8 @@ for Heterogeneous Multi-agent Reinforcement Learning" (NeurIPS 2024, arXiv:2410.
 algorithm under them is MAPPO (Yu et al. 2022, arXiv:2103.01955) with HARL's networks and tuned values (Zhong et al.
 2024, arXiv:2304.09870).
 
-Letters in shapes: B batch, N agents, K critics, M masks (N for the actor, K for the critic), T steps,
-E environments, S numbers of state, O of an observation. Networks and losses take any leading dimensions, and a mask is
-one of them.
+Letters in shapes: B batch, N agents, K critics, M masks (N for the actor, K for the critic), T steps, E environments,
+S numbers of state, O of an observation. Networks and losses take any leading dimensions, masks among them.
 """
 
 import dataclasses
@@ -91,6 +90,8 @@ class Args(experiment.RunArgs):
     """members of the critic ensemble (K); a single one has no mask"""
     ensemble_value: Literal["mean", "min"] = "mean"
     """which of the members' values advantages are computed from"""
+    own_minibatches: bool = False
+    """let every member divide the rollout into minibatches of its own"""
     critic_threshold_scale: float = 20.0
     """as actor_threshold_scale"""
     critic_threshold_bias: float = 0.0
@@ -482,8 +483,7 @@ def estimate_advantages(reward, values, next_values, terminated, truncated, gamm
     """
     deltas = reward + gamma * next_values * ~terminated - values
     goes_on = ~(terminated | truncated)
-    advantages = torch.empty_like(deltas)
-    later = torch.zeros_like(deltas[0])
+    advantages, later = torch.empty_like(deltas), torch.zeros_like(deltas[0])
     for step in range(len(deltas) - 1, -1, -1):
         later = deltas[step] + gamma * gae_lambda * later * goes_on[step]
         advantages[step] = later
@@ -603,11 +603,11 @@ class Learner(nn.Module):
             "coefficients/actor": coefficient,
         }
 
-    def update_critic(self, batch, rows):
-        """One step of all members on `rows`: (b,) or a slice. Returns its losses as detached scalars."""
+    def update_critic(self, batch, rows, members=slice(None)):
+        """One step of all members on `rows`: (b,), a slice, or (K, b) with members (K, 1). Returns detached losses."""
         args = self.args
         values = self.critic(batch.state[rows], self.critic.effective_layers()).squeeze(-1)  # (K, b)
-        old_values, returns = batch.values[:, rows], batch.returns[rows]
+        old_values, returns = batch.values[members, rows], batch.returns[rows]
         losses = clipped_value_loss(values, old_values, returns, args.clip, args.huber_delta)
         loss = losses.mean(-1).sum(-1)
         diversity = diversity_loss(self.critic, args.layer_weights, args.weighted_diversity)
@@ -621,16 +621,18 @@ class Learner(nn.Module):
 
     def update(self, rollout):
         """All updates on a rollout. Returns losses by name, their means over the updates."""
-        args = self.args
+        args, device = self.args, rollout.state.device
         batch, known = self.prepare(rollout)
-        logs = []
+        logs, own = [], args.own_minibatches
+        members = torch.arange(args.num_critics, device=device)[:, None] if own else slice(None)
         for _ in range(args.num_epochs):
-            minibatches = [slice(None)]  # a single one is the rollout as it lies, without copying it
+            minibatches = [(slice(None), slice(None))]  # a single one is the rollout as it lies, without copying it
             if args.num_minibatches > 1:
-                order = torch.rand(len(batch.state), device=batch.state.device).argsort()
-                minibatches = order.tensor_split(args.num_minibatches)
-            for rows in minibatches:
-                logs.append(self.update_actor(batch, rows) | self.update_critic(batch, rows))
+                orders = torch.rand(1 + args.num_critics if own else 1, len(batch.state), device=device).argsort()
+                parts = orders.tensor_split(args.num_minibatches, 1)
+                minibatches = [(rows[0], rows[1:] if own else rows[0]) for rows in parts]
+            for rows, critic_rows in minibatches:
+                logs.append(self.update_actor(batch, rows) | self.update_critic(batch, critic_rows, members))
         return known | {name: torch.stack([log[name] for log in logs]).mean() for name in logs[0]}
 
 
@@ -655,6 +657,8 @@ def check_args(args):
     experiment.require_size(args, "lr threshold_lr entropy_coef")
     positive = "clip huber_delta max_grad_norm output_gain threshold_eps"
     experiment.require(args, positive, lambda x: 0 < x <= 1e30, "a number above 0, up to 1e30")
+    single, where = 1 in (args.num_critics, args.num_minibatches), "--num-critics and --num-minibatches are above 1"
+    experiment.require(args, "own_minibatches", lambda x: not (x and single), f"False, unless {where}")
     rows = args.rollout_steps * args.num_envs
     experiment.require(args, "num_minibatches", lambda x: x <= rows, f"at most the {rows} steps of a rollout")
 
@@ -664,8 +668,7 @@ def main():
     args, checkpoint = parse_args()
     device, rank, num_processes = experiment.start(args)
     if args.evaluate is not None:
-        experiment.evaluate_file(args, device, Actor)
-        return
+        return experiment.evaluate_file(args, device, Actor)
 
     stop = experiment.StopSignals()
     torch.manual_seed(args.seed)  # the same weights in all processes

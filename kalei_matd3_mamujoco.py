@@ -585,8 +585,8 @@ def main():
     args, checkpoint = parse_args()
     device, rank, num_processes = experiment.start(args)
     if args.evaluate is not None:
-        experiment.evaluate_file(args, device, Actor)
-        return
+        return experiment.evaluate_file(args, device, Actor)
+
     expected = f"a multiple of the {num_processes} processes"
     experiment.require(args, "batch_size", lambda x: x % num_processes == 0, expected)
 

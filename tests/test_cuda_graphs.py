@@ -264,10 +264,10 @@ def train_mappo(learner, rollout, device, wrap):
     return trace
 
 
-@pytest.mark.parametrize("num_minibatches", [1, 3])
+@pytest.mark.parametrize("num_minibatches, own", [(1, False), (3, False), (3, True)])
 @pytest.mark.parametrize("sharing", ["kaleidoscope", "full", "none"])
-def test_mappo_learns_the_same_with_graphs(sharing, num_minibatches, device):
-    flags = dict(sharing=sharing, num_minibatches=num_minibatches)
+def test_mappo_learns_the_same_with_graphs(sharing, num_minibatches, own, device):
+    flags = dict(sharing=sharing, num_minibatches=num_minibatches, own_minibatches=own)
     trained, rollouts = zip(*[make_mappo(device, **flags) for _ in range(2)], strict=True)
     compare(
         trained,

@@ -396,6 +396,50 @@ def test_an_actor_step_equals_the_equations(make_learner, make_rollout):
         torch.testing.assert_close(parameter.detach(), expected[name], rtol=1e-5, atol=1e-7, msg=name)
 
 
+def test_a_critic_step_on_own_rows_equals_a_loop_over_members(make_learner, make_rollout):
+    """Loss and gradients, without the diversity loss, are those of each member on its own rows."""
+    learner = make_learner(torch.float64, num_critics=3, critic_diversity_coef=0.0, max_grad_norm=1e9)
+    batch, _ = learner.prepare(make_rollout(learner.actor, dtype=torch.float64))
+    critic, args = learner.critic, learner.args
+    rows = torch.stack([torch.randperm(24)[:10] for _ in range(3)])
+    with torch.no_grad():  # so that a value's change since `prepare` counts
+        critic.layers[-1].bias += 0.15
+    loss = 0.0
+    for k in range(3):
+        values = critic(batch.state[rows[k]], critic.effective_layers())[k, :, 0]
+        before, returns = batch.values[k, rows[k]], batch.returns[rows[k]]
+        loss += script.clipped_value_loss(values[None], before[None], returns, args.clip, args.huber_delta).mean()
+    names, parameters = zip(*critic.named_parameters(), strict=True)
+    expected = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+    logs = learner.update_critic(batch, rows, torch.arange(3)[:, None])
+    assert logs["losses/value"].item() == pytest.approx(loss.item())
+    for name, parameter in critic.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], msg=name)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_pass_shows_every_step_once_to_agents_and_to_every_member(own, make_learner, make_rollout, monkeypatch):
+    learner = make_learner(num_critics=3, num_minibatches=5, own_minibatches=own)
+    seen = {"actor": [], "critic": []}
+
+    def watch(name, update):
+        def watched(batch, rows, *members):
+            seen[name].append(rows.expand(3, -1) if name == "critic" else rows)
+            return update(batch, rows, *members)
+
+        return watched
+
+    monkeypatch.setattr(learner, "update_actor", watch("actor", learner.update_actor))
+    monkeypatch.setattr(learner, "update_critic", watch("critic", learner.update_critic))
+    learner.update(make_rollout(learner.actor))
+    for number in range(learner.args.num_epochs):
+        minibatches = slice(5 * number, 5 * number + 5)
+        actor, critic = torch.cat(seen["actor"][minibatches]), torch.cat(seen["critic"][minibatches], 1)
+        for order in (actor, *critic):
+            assert torch.equal(order.sort().values, torch.arange(24))
+        assert len({tuple(order.tolist()) for order in (actor, *critic)}) == (4 if own else 1)
+
+
 def test_learning_rates_scale_from_their_first_values(make_learner):
     learner = make_learner()
     for factor in (0.5, 0.25):

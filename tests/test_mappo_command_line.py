@@ -165,6 +165,8 @@ MISTAKES = {
     "--rollout-steps 0": "--rollout-steps is 0",
     "--num-minibatches 0": "--num-minibatches is 0",
     "--num-minibatches 9 --num-envs 4 --rollout-steps 2": "8 steps of a rollout",
+    "--own-minibatches --num-minibatches 2": "--own-minibatches is True",
+    "--own-minibatches --num-critics 2": "--own-minibatches is True",
     "--total-timesteps 0": "--total-timesteps is 0",
     "--clip 0": "--clip is 0",
     "--clip nan": "--clip is nan",
