@@ -1,4 +1,4 @@
-"""benchmark/figures.py against numbers by hand and by NumPy; benchmark/grid.py with a stub and a real script."""
+"""benchmark/figures.py against numbers by hand and by NumPy; grid.py with a stub and a real script; publish.py."""
 
 import csv
 import fcntl
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from benchmark import figures, grid
+from benchmark import figures, grid, publish
 
 ROOT = Path(grid.__file__).resolve().parent.parent
 TAG = "charts/eval_return"
@@ -519,3 +519,55 @@ def test_a_real_run_is_made_resumed_and_skipped(run_grid, in_folder):
         assert list(scalars[TAG]) == list(range(20, steps + 1, 20))
     assert hyperparameters["env_id"] == "Humanoid-v2-9|8" and hyperparameters["sharing"] == "full"
     assert len(list(folder.glob("events*"))) == 2
+
+
+# ---- publish ----
+@pytest.fixture
+def run_publish(monkeypatch, capsys):
+    """A function that runs publish.py and returns (exit code, what it printed, its errors)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["publish.py", *map(str, arguments)])
+        try:
+            publish.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_a_published_run_has_its_curves_and_nothing_large(make_run, run_publish, tmp_path):
+    run = make_run("Ant-v2-4x2", "full", 1, [1, 2, 3])
+    with SummaryWriter(str(run), filename_suffix=".large") as writer:
+        writer.add_scalar(TAG, 4.0, 400)
+        writer.add_image("masks/actor", np.zeros((3, 200, 200), dtype=np.uint8), 400)
+        writer.add_histogram("masks/histogram", np.arange(100), 400)
+        writer.add_scalar(TAG, 5.0, 500)
+    (run / "model.pt").write_bytes(b"weights")
+    code, out, err = run_publish("--runs", run, "--out", tmp_path / "published")
+    (copy,) = (tmp_path / "published").iterdir()
+    assert code == 0 and not err and str(copy) in out and copy.name == run.name
+    assert sorted(file.name for file in copy.iterdir()) == sorted(file.name for file in run.glob("events*"))
+    assert grid.read_events(copy) == grid.read_events(run)
+    assert grid.read_events(copy)[1] == {TAG: {100: 1, 200: 2, 300: 3, 400: 4, 500: 5}}
+    tags = grid.EventAccumulator(str(copy)).Reload().Tags()
+    assert not tags["images"] and not tags["histograms"] and tags["tensors"] == ["hyperparameters/text_summary"]
+
+
+def test_mistakes_in_publishing_leave_everything_as_it_was(make_run, run_publish, tmp_path):
+    first, second = (make_run("Ant-v2-4x2", "full", seed, [1, 2]) for seed in (1, 2))
+    (tmp_path / "empty").mkdir()
+    assert run_publish("--runs", first, "--out", tmp_path / "published")[0] == 0
+    before = sorted(tmp_path.rglob("*"))
+    for runs, said in {
+        (): "--runs is ()",
+        (second, first): f"{first}: there is a",
+        (second, second): f"{second}: there is a",
+        (second, tmp_path / "empty"): f"{tmp_path / 'empty'}: expected the folder of a run",
+        (second, tmp_path / "nowhere"): f"{tmp_path / 'nowhere'}: expected the folder of a run",
+    }.items():
+        code, out, err = run_publish("--out", tmp_path / "published", *(["--runs", *runs] if runs else []))
+        assert code == 2 and one_line(err) and said in err and not out, err
+    assert sorted(tmp_path.rglob("*")) == before
