@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import experiment
-from cuda_graphs import Beside, OneLaunch
+from cuda_graphs import OneLaunch
 from mamujoco_env import MaMuJoCoVecEnv, agent_observations, standardise
 
 
@@ -70,8 +70,6 @@ class Args(experiment.RunArgs):
     """width of the three hidden layers of actor and critic"""
     output_gain: float = 0.01
     """gain of the actor's output layer at the start"""
-    log_std: Literal["shared", "agent"] | None = None
-    """one std per action dimension for all agents, or for each; by default shared with --sharing full, else agent"""
 
     # masks of the actor, one an agent
     actor_threshold_scale: float = 5.0
@@ -90,8 +88,6 @@ class Args(experiment.RunArgs):
     """members of the critic ensemble (K); a single one has no mask"""
     ensemble_value: Literal["mean", "min"] = "mean"
     """which of the members' values advantages are computed from"""
-    own_minibatches: bool = False
-    """let every member divide the rollout into minibatches of its own"""
     critic_threshold_scale: float = 20.0
     """as actor_threshold_scale"""
     critic_threshold_bias: float = 0.0
@@ -268,7 +264,7 @@ class Actor(MaskedMLP):
         scale, bias = args.actor_threshold_scale, args.actor_threshold_bias
         (agents, act), ends = low.shape, (args.output_gain, args.sharing)
         super().__init__(agents, observation_size, args.hidden_size, act, scale, bias, *ends)
-        self.log_std = nn.Parameter(torch.ones((agents, 1, act) if args.log_std == "agent" else act))
+        self.log_std = nn.Parameter(torch.ones(act if args.sharing == "full" else (agents, 1, act)))
         real = (high > low).astype(low.dtype)[:, None]  # (N, 1, act): 1 for an action, 0 for padding
         for name, value in (("low", low), ("high", high), ("real", real)):
             self.register_buffer(name, torch.as_tensor(value))
@@ -455,13 +451,6 @@ class Rollout:
         for name, values in arrays.items():
             getattr(self, name)[step] = torch.as_tensor(values)
 
-    def state_dict(self):
-        return {name: value.clone() for name, value in vars(self).items()}
-
-    def load_state_dict(self, saved):
-        for name, value in vars(self).items():
-            value.copy_(saved[name])
-
 
 class Batch(NamedTuple):
     """What updates work on: the B = T E steps of a rollout."""
@@ -501,6 +490,14 @@ def clipped_value_loss(values, old_values, returns, clip, delta):
     returns = returns.expand_as(values)
     losses = (F.huber_loss(each, returns, reduction="none", delta=delta) for each in (values, clipped))
     return torch.maximum(*losses)
+
+
+def clip_gradients(gradients, max_norm, own=False):
+    """Scale gradients (...) in place down to `max_norm` over all of them; with `own`, each agent's part, (N, ...)."""
+    rows = [gradient.view(len(gradient) if own else 1, -1) for gradient in gradients]
+    norm = sum(row.square().sum(1, keepdim=True) for row in rows).sqrt()  # (N, 1) or (1, 1)
+    for row in rows:
+        row.mul_((max_norm / (norm + 1e-6)).clamp(max=1))
 
 
 # ---- The update ----
@@ -556,8 +553,6 @@ class Learner(nn.Module):
         obs = obs.transpose(0, 1).contiguous()
         actions = rollout.actions.flatten(0, 1).transpose(0, 1).contiguous()
         log_prob = rollout.log_prob.flatten(0, 1).mT.contiguous()
-        if args.overlap:  # that is of an older policy, and the clip is to be around the one that is updated
-            log_prob = self.actor.log_prob(obs, actions, self.actor.effective_layers())
         batch = Batch(
             state=state,
             obs=obs,
@@ -570,11 +565,13 @@ class Learner(nn.Module):
         explained = 1 - advantages.var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
         return batch, {"losses/explained_variance": explained, "values/value": values.mean()}
 
-    def step(self, optimizer, network, loss):
+    def step(self, optimizer, network, loss, own=False):
+        """An optimiser step whose gradient is scaled down to max_grad_norm; with `own`, that of each agent is."""
         optimizer.zero_grad()
         loss.backward()
-        experiment.average([parameter.grad for parameter in network.parameters()])
-        nn.utils.clip_grad_norm_(network.parameters(), self.args.max_grad_norm)
+        gradients = [parameter.grad for parameter in network.parameters()]
+        experiment.average(gradients)
+        clip_gradients(gradients, self.args.max_grad_norm, own)
         optimizer.step()
 
     def update_actor(self, batch, rows):
@@ -592,7 +589,8 @@ class Learner(nn.Module):
         # the surrogate is about 0 on average, whatever its size: its mean absolute value is the scale
         coefficient = self.actor_coefficient(surrogate.abs().mean(), diversity)
         total = loss - args.entropy_coef * entropy + coefficient * diversity
-        self.step(self.actor_optimizer, self.actor, total)
+        own = args.sharing == "none"  # N learners side by side: each has its own loss, norm and (as always) Adam
+        self.step(self.actor_optimizer, self.actor, total * self.num_agents if own else total, own)
         log_ratio, ratio = log_ratio.detach(), ratio.detach()
         return {
             "losses/policy": loss.detach(),
@@ -603,11 +601,11 @@ class Learner(nn.Module):
             "coefficients/actor": coefficient,
         }
 
-    def update_critic(self, batch, rows, members=slice(None)):
-        """One step of all members on `rows`: (b,), a slice, or (K, b) with members (K, 1). Returns detached losses."""
+    def update_critic(self, batch, rows):
+        """One step of all members on `rows`: (b,) or a slice. Returns its losses as detached scalars."""
         args = self.args
         values = self.critic(batch.state[rows], self.critic.effective_layers()).squeeze(-1)  # (K, b)
-        old_values, returns = batch.values[members, rows], batch.returns[rows]
+        old_values, returns = batch.values[:, rows], batch.returns[rows]
         losses = clipped_value_loss(values, old_values, returns, args.clip, args.huber_delta)
         loss = losses.mean(-1).sum(-1)
         diversity = diversity_loss(self.critic, args.layer_weights, args.weighted_diversity)
@@ -621,18 +619,15 @@ class Learner(nn.Module):
 
     def update(self, rollout):
         """All updates on a rollout. Returns losses by name, their means over the updates."""
-        args, device = self.args, rollout.state.device
+        args = self.args
         batch, known = self.prepare(rollout)
-        logs, own = [], args.own_minibatches
-        members = torch.arange(args.num_critics, device=device)[:, None] if own else slice(None)
+        logs = []
         for _ in range(args.num_epochs):
-            minibatches = [(slice(None), slice(None))]  # a single one is the rollout as it lies, without copying it
+            minibatches = [slice(None)]  # a single one is the rollout as it lies, without copying it
             if args.num_minibatches > 1:
-                orders = torch.rand(1 + args.num_critics if own else 1, len(batch.state), device=device).argsort()
-                parts = orders.tensor_split(args.num_minibatches, 1)
-                minibatches = [(rows[0], rows[1:] if own else rows[0]) for rows in parts]
-            for rows, critic_rows in minibatches:
-                logs.append(self.update_actor(batch, rows) | self.update_critic(batch, critic_rows, members))
+                minibatches = torch.rand_like(batch.returns).argsort().tensor_split(args.num_minibatches)
+            for rows in minibatches:
+                logs.append(self.update_actor(batch, rows) | self.update_critic(batch, rows))
         return known | {name: torch.stack([log[name] for log in logs]).mean() for name in logs[0]}
 
 
@@ -640,10 +635,9 @@ class Learner(nn.Module):
 def parse_args(argv=None):
     """(args, checkpoint or None), checked, tuned values filled in. Bad ones end in one line and exit code 2."""
     args, checkpoint = experiment.read_command_line(Args, argv)
-    for name, tuned in zip(TUNED_FLAGS, TUNED.get(args.env_id.replace("-v5", "-v2"), UNTUNED), strict=True):
+    for name, tuned in zip(TUNED_FLAGS, TUNED.get(str(args.env_id).replace("-v5", "-v2"), UNTUNED), strict=True):
         if getattr(args, name) is None:
             setattr(args, name, tuned)
-    args.log_std = args.log_std or ("shared" if args.sharing == "full" else "agent")
     check_args(args)
     return args, checkpoint
 
@@ -657,8 +651,6 @@ def check_args(args):
     experiment.require_size(args, "lr threshold_lr entropy_coef")
     positive = "clip huber_delta max_grad_norm output_gain threshold_eps"
     experiment.require(args, positive, lambda x: 0 < x <= 1e30, "a number above 0, up to 1e30")
-    single, where = 1 in (args.num_critics, args.num_minibatches), "--num-critics and --num-minibatches are above 1"
-    experiment.require(args, "own_minibatches", lambda x: not (x and single), f"False, unless {where}")
     rows = args.rollout_steps * args.num_envs
     experiment.require(args, "num_minibatches", lambda x: x <= rows, f"at most the {rows} steps of a rollout")
 
@@ -672,7 +664,7 @@ def main():
 
     stop = experiment.StopSignals()
     torch.manual_seed(args.seed)  # the same weights in all processes
-    seed = args.seed + 2**32 * rank  # and other environments and draws
+    seed = experiment.seed_of_process(args.seed, rank)  # and other environments and draws
     with experiment.refuse_what_does_not_fit():
         settings = (seed, args.num_threads, args.episode_limit, args.agent_obsk)
         envs = MaMuJoCoVecEnv(args.env_id, args.num_envs, *settings)
@@ -682,7 +674,6 @@ def main():
         rollout = Rollout(args.rollout_steps, args.num_envs, envs.state_size, space.shape, device)
         evaluation = experiment.Evaluation(args) if args.eval_episodes and rank == 0 else None
     update = OneLaunch(lambda: learner.update(rollout), device, args.cudagraph, args.compile)
-    beside = Beside(device, args.overlap, seed)
 
     if rank > 0:
         torch.manual_seed(seed)
@@ -692,7 +683,7 @@ def main():
     logs, status = {}, {}
     obs, _ = envs.reset()
     if checkpoint is not None:
-        parts = (learner, envs, "global_step num_updates training_seconds", beside.generator, rollout)
+        parts = (learner, envs, "global_step num_updates training_seconds")
         obs, (global_step, num_updates, training_seconds), _ = experiment.restore(checkpoint, *parts)
     state = envs.state
     run_folder, writer = experiment.open_run(args, global_step, rank)
@@ -704,47 +695,30 @@ def main():
     bar = dict(unit="step", unit_scale=True, dynamic_ncols=True, disable=rank > 0)
     progress = tqdm(total=num_steps, initial=global_step, **bar)
 
-    def act(layers, std):
-        """A rollout's steps of all environments. Returns of each what Rollout.add takes, and infos."""
-        nonlocal obs, state
-        steps = []
-        for _ in range(args.rollout_steps):
-            with torch.no_grad():
-                actions, log_prob = actor.sample(beside.to_device(obs), layers, std, beside.generator)
-                clipped = torch.clamp(actions, actor.low, actor.high)
-            obs, reward, terminated, truncated, infos = envs.step(clipped.cpu().numpy())
-            outcome = dict(reward=reward, next_state=infos["final_state"], terminated=terminated, truncated=truncated)
-            steps.append((dict(state=state, actions=actions, log_prob=log_prob, **outcome), infos))
-            state = infos["state"]
-        return steps
-
-    def store(steps, first_step):
-        """Keep what `act` returned, and log the episodes that ended. Returns the last infos."""
-        for number, (transition, infos) in enumerate(steps):
-            rollout.add(number, **transition)
-            experiment.log_episodes(writer, infos, first_step + (number + 1) * num_envs)
-        return infos
-
     while global_step < args.total_timesteps:
         previous_step, round_start = global_step, time.perf_counter()
 
         # act: the weights stay the same for a whole rollout, and so do the effective ones
         with torch.no_grad():
             layers, std = actor.effective_layers(), actor.std()
-        if not args.overlap:  # waiting threads of PyTorch spin on cores that the physics could use
-            torch.set_num_threads(1)
-        steps = beside.start(act, layers, std)
-        global_step += steps_per_rollout
-        if not args.overlap:
-            infos = store(steps.result(), previous_step)
+        torch.set_num_threads(1)  # waiting threads of PyTorch spin on cores that the physics could use
+        for step in range(args.rollout_steps):
+            with torch.no_grad():
+                actions, log_prob = actor.sample(torch.as_tensor(obs, device=device), layers, std)
+                clipped = torch.clamp(actions, actor.low, actor.high)
+            obs, reward, terminated, truncated, infos = envs.step(clipped.cpu().numpy())
+            outcome = dict(reward=reward, next_state=infos["final_state"], terminated=terminated, truncated=truncated)
+            rollout.add(step, state=state, actions=actions, log_prob=log_prob, **outcome)
+            state = infos["state"]
+            global_step += num_envs
+            experiment.log_episodes(writer, infos, global_step)
 
-        # learn: with --overlap from the rollout before this one, if there is one
+        # learn
         torch.set_num_threads(num_threads)
         if args.lr_decay:
             learner.scale_learning_rates(1 - previous_step / args.total_timesteps)
-        if previous_step > 0 or not args.overlap:
-            logs = update()
-            num_updates += args.num_epochs * args.num_minibatches
+        logs = update()
+        num_updates += args.num_epochs * args.num_minibatches
         if reset_due(args.actor_reset_interval, previous_step, global_step, args.total_timesteps):
             num_reset = reset_actor(actor, args.actor_reset_ratio)
             experiment.broadcast(actor)
@@ -755,8 +729,6 @@ def main():
             reset_critic(learner.critic, member)
             experiment.broadcast(learner.critic)
             writer.add_scalar("resets/critic_member", member, global_step)
-        if args.overlap:
-            infos = store(steps.result(), previous_step)
 
         # log
         finished = global_step >= args.total_timesteps
@@ -780,8 +752,7 @@ def main():
             experiment.save_model(os.path.join(run_folder, "model.pt"), learner, global_step)
         if args.checkpoint_interval and checkpoint_due:
             counters = dict(global_step=global_step, num_updates=num_updates, training_seconds=training_seconds)
-            parts = (learner, envs, obs, counters, beside.generator, None, rollout if args.overlap else None)
-            seconds = experiment.write_checkpoint(run_folder, *parts)
+            seconds = experiment.write_checkpoint(run_folder, learner, envs, obs, counters)
             writer.add_scalar("charts/checkpoint_seconds", seconds, global_step)
         progress.set_postfix(status, refresh=False)
         progress.update(global_step - previous_step)

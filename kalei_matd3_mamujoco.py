@@ -25,7 +25,7 @@ import torch.nn as nn
 from tqdm import tqdm
 
 import experiment
-from cuda_graphs import Beside, OneLaunch
+from cuda_graphs import OneLaunch
 from mamujoco_env import MaMuJoCoVecEnv, agent_observations, standardise
 
 
@@ -60,7 +60,7 @@ class Args(experiment.RunArgs):
     gamma: float = 0.99
     """discount"""
     polyak: float = 0.005
-    """rate of the target critic per policy update; the target actor takes N steps of this rate, as released"""
+    """rate of the targets per policy update; a target actor that all agents share takes N steps of it, as released"""
     actor_lr: float = 5e-4
     """Adam's learning rate for the actor's weights and thresholds"""
     critic_lr: float = 1e-3
@@ -537,8 +537,13 @@ class Learner(nn.Module):
 
     @torch.no_grad()
     def update_targets(self):
-        """Polyak averaging: the target critic once, the target actor once per agent, both in one step each."""
-        rates = (self.args.polyak, 1 - (1 - self.args.polyak) ** self.num_agents)
+        """Polyak averaging: the target critic once, and each agent's target actor once.
+
+        Where all agents hold one network, that is N times for it, as released, and done in one step here; networks of
+        their own are averaged once each.
+        """
+        times = 1 if self.args.sharing == "none" else self.num_agents
+        rates = (self.args.polyak, 1 - (1 - self.args.polyak) ** times)
         pairs = ((self.critic, self.target_critic), (self.actor, self.target_actor))
         for rate, (network, target) in zip(rates, pairs, strict=True):
             for parameter, target_parameter in zip(network.parameters(), target.parameters(), strict=True):
@@ -557,9 +562,8 @@ class Learner(nn.Module):
 def parse_args(argv=None):
     """(args, checkpoint or None), checked, tuned values filled in. Bad ones end in one line and exit code 2."""
     args, checkpoint = experiment.read_command_line(Args, argv)
-    for name, tuned in zip(
-        ("n_step", "policy_freq"), TUNED.get(args.env_id.replace("-v5", "-v2"), UNTUNED), strict=True
-    ):
+    tuned_values = TUNED.get(str(args.env_id).replace("-v5", "-v2"), UNTUNED)
+    for name, tuned in zip(("n_step", "policy_freq"), tuned_values, strict=True):
         if getattr(args, name) is None:
             setattr(args, name, tuned)
     check_args(args)
@@ -592,7 +596,7 @@ def main():
 
     stop = experiment.StopSignals()
     torch.manual_seed(args.seed)  # the same weights in all processes
-    seed = args.seed + 2**32 * rank  # and other environments and draws
+    seed = experiment.seed_of_process(args.seed, rank)  # and other environments and draws
     with experiment.refuse_what_does_not_fit():
         settings = (seed, args.num_threads, args.episode_limit, args.agent_obsk)
         envs = MaMuJoCoVecEnv(args.env_id, args.num_envs, *settings)
@@ -610,7 +614,6 @@ def main():
 
     launch = (device, args.cudagraph, args.compile)
     updates = [OneLaunch(functools.partial(update, with_policy), *launch) for with_policy in (False, True)]
-    beside = Beside(device, args.overlap, seed)
 
     if rank > 0:
         torch.manual_seed(seed)
@@ -621,7 +624,7 @@ def main():
     obs, _ = envs.reset()
     if checkpoint is not None:
         names = "global_step num_updates trained_steps training_seconds learning_starts"
-        obs, counters, logs = experiment.restore(checkpoint, learner, envs, names, beside.generator, replay)
+        obs, counters, logs = experiment.restore(checkpoint, learner, envs, names, replay)
         global_step, num_updates, trained_steps, training_seconds, learning_starts = counters
         if checkpoint["replay"] is None:
             learning_starts = global_step + args.warmup_steps
@@ -635,47 +638,30 @@ def main():
     bar = dict(unit="step", unit_scale=True, dynamic_ncols=True, disable=rank > 0)
     progress = tqdm(total=args.total_timesteps, initial=global_step, **bar)
 
-    def act(layers, first_step, num_steps):
-        """Step all environments num_steps times. Returns of each step what Replay.add takes, and infos."""
-        nonlocal obs, state
-        block = []
-        for step in range(first_step, first_step + num_steps * num_envs, num_envs):
-            with torch.no_grad():
-                if step < args.warmup_steps:
-                    uniform = torch.rand(args.num_envs, *space.shape, device=device, generator=beside.generator)
-                    actions = actor.low + (actor.high - actor.low) * uniform
-                else:
-                    actions = actor.act(beside.to_device(obs), layers)
-                    noise = torch.empty_like(actions).normal_(generator=beside.generator)
-                    actions = torch.clamp(actions + noise * actor.scale * args.exploration_noise, actor.low, actor.high)
-            actions = actions.cpu().numpy()
-            obs, reward, terminated, truncated, infos = envs.step(actions)
-            block.append(((state, actions, reward, infos["final_state"], terminated, truncated), infos))
-            state = infos["state"]
-        return block
-
-    def store(block, step):
-        """Keep what `act` returned, and log the episodes that ended. Returns the last infos."""
-        for transition, infos in block:
-            replay.add(*transition)
-            step += num_envs
-            experiment.log_episodes(writer, infos, step)
-        return infos
-
     while global_step < args.total_timesteps:
         previous_step, round_start = global_step, time.perf_counter()
 
-        # act: the weights stay the same for a whole round, and so do the effective ones; biases need a copy for that
+        # act: the weights stay the same for a whole round, and so do the effective ones
         with torch.no_grad():
-            layers = [(weight, bias.clone()) for weight, bias in actor.effective_layers()]
-        num_steps = min(args.train_interval, -(-(args.total_timesteps - global_step) // num_envs))
-        block = beside.start(act, layers, global_step, num_steps)
-        global_step += num_steps * num_envs
-        if not args.overlap:
-            infos = store(block.result(), previous_step)
+            layers = actor.effective_layers()
+        for _ in range(min(args.train_interval, -(-(args.total_timesteps - global_step) // num_envs))):
+            with torch.no_grad():
+                if global_step < args.warmup_steps:
+                    uniform = torch.rand(args.num_envs, *space.shape, device=device)
+                    actions = actor.low + (actor.high - actor.low) * uniform
+                else:
+                    actions = actor.act(torch.as_tensor(obs, device=device), layers)
+                    noise = torch.randn_like(actions) * actor.scale * args.exploration_noise
+                    actions = torch.clamp(actions + noise, actor.low, actor.high)
+            actions = actions.cpu().numpy()
+            obs, reward, terminated, truncated, infos = envs.step(actions)
+            replay.add(state, actions, reward, infos["final_state"], terminated, truncated)
+            state = infos["state"]
+            global_step += num_envs
+            experiment.log_episodes(writer, infos, global_step)
 
-        # learn: with --overlap from what was there before this round
-        learning = (previous_step if args.overlap else global_step) > learning_starts
+        # learn
+        learning = global_step > learning_starts
         if learning:
             for _ in range(args.updates_per_round):
                 num_updates += 1
@@ -689,8 +675,6 @@ def main():
                 reset_critic(learner.critic, member)
                 experiment.broadcast(learner.critic)
                 writer.add_scalar("resets/critic_member", member, global_step)
-        if args.overlap:
-            infos = store(block.result(), previous_step)
 
         # log
         finished = global_step >= args.total_timesteps
@@ -718,7 +702,7 @@ def main():
             counters = dict(global_step=global_step, num_updates=num_updates, trained_steps=trained_steps)
             counters |= dict(training_seconds=training_seconds, learning_starts=learning_starts)
             kept = replay if args.checkpoint_buffer else None
-            parts = (learner, envs, obs, counters, beside.generator, logs, kept)
+            parts = (learner, envs, obs, counters, logs, kept)
             seconds = experiment.write_checkpoint(run_folder, *parts)
             writer.add_scalar("charts/checkpoint_seconds", seconds, global_step)
         progress.set_postfix(status, refresh=False)

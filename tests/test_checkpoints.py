@@ -147,8 +147,6 @@ CASES = {  # script, its flags, and the block in which a signal comes, or None f
     "matd3 killed": (matd3, "", None),
     "matd3 stopped, without sharing": (matd3, "--sharing none --updates-per-round 1", 11),
     "matd3 stopped while it warms up": (matd3, "", 3),
-    "matd3 killed, with overlap": (matd3, "--overlap", None),
-    "mappo stopped, with overlap": (mappo, "--overlap --lr-decay True", 9),
     "mappo killed": (mappo, "--lr-decay False", None),
     "mappo stopped, learning rates fall": (mappo, "--lr-decay True --total-timesteps 630", 9),
 }
@@ -517,9 +515,8 @@ def test_no_flipped_bit_goes_unnoticed_and_changes_what_is_read(stopped, tmp_pat
 # ---- Arguments ----
 REFUSED = {
     "matd3": "--actor-lr 1e-3|--seed 4|--env-id Walker2d-v2-6x1|--n-step 3|--sharing full|--no-weighted-diversity"
-    "|--buffer-size 300|--exp-name other|--overlap|--layer-weights 1 1 1",
-    "mappo": "--clip 0.2|--sharing none|--lr 1e-3|--lr-decay False|--log-std shared|--num-minibatches 1"
-    "|--layer-weights 1 1 1 1",
+    "|--buffer-size 300|--exp-name other|--layer-weights 1 1 1",
+    "mappo": "--clip 0.2|--sharing none|--lr 1e-3|--lr-decay False|--num-minibatches 1|--layer-weights 1 1 1 1",
 }
 
 

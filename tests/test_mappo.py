@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 import kalei_mappo_mamujoco as script
@@ -26,7 +27,7 @@ def make_learner():
     def make(dtype=torch.float32, seed=0, **changes):
         torch.manual_seed(seed)
         settings = dict(rollout_steps=6, num_epochs=2, num_minibatches=2, clip=0.2, entropy_coef=0.01, lr=1e-3)
-        settings |= dict(lr_decay=False, log_std="shared", hidden_size=16, history_length=3, num_envs=4) | changes
+        settings |= dict(lr_decay=False, hidden_size=16, history_length=3, num_envs=4) | changes
         learner = script.Learner(STATE, *make_bounds(), script.Args(**settings), CPU)
         learner.actor.to(dtype)
         learner.critic.to(dtype)
@@ -212,7 +213,7 @@ def test_value_loss_equals_a_plain_loop():
 
 # ---- policies ----
 def test_probability_and_entropy_leave_padding_out(make_learner):
-    learner = make_learner(torch.float64, log_std="agent", output_gain=1.0)
+    learner = make_learner(torch.float64, output_gain=1.0)
     actor = learner.actor
     with torch.no_grad():
         actor.log_std.copy_(torch.randn_like(actor.log_std))
@@ -250,7 +251,7 @@ def test_samples_follow_the_policy_and_only_act_clips(make_learner):
 
 
 def test_networks_start_orthogonal_and_a_few_percent_masked_in_every_layer():
-    args = script.Args(log_std="shared", num_critics=5, critic_threshold_scale=5.0, critic_threshold_bias=4.0)
+    args = script.Args(num_critics=5, critic_threshold_scale=5.0, critic_threshold_bias=4.0)
     torch.manual_seed(0)
     high = np.ones((17, 1), np.float32)
     actor, critic = script.Actor(393, -high, high, args), script.Critic(376, args)
@@ -315,7 +316,7 @@ def test_full_sharing_gives_all_agents_the_same_weights_and_they_stay_so(make_le
 
 
 def test_without_sharing_one_agents_loss_touches_its_own_parameters_only(make_learner, make_rollout):
-    learner = make_learner(sharing="none", log_std="agent", output_gain=1.0)
+    learner = make_learner(sharing="none", output_gain=1.0)
     for name, parameter in gradients_of_one_agent(learner, 1).items():
         if not name.endswith("thresholds"):
             assert parameter.shape[0] == AGENTS
@@ -359,13 +360,9 @@ def test_updates_move_all_that_can_move(sharing, make_learner, make_rollout):
         assert moved == (sharing == "kaleidoscope" or net == "critic" or not name.endswith("thresholds")), name
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-def test_the_first_ratio_is_one(overlap, make_learner, make_rollout):
-    learner = make_learner(num_epochs=1, num_minibatches=1, output_gain=1.0, overlap=overlap)
-    rollout = make_rollout(learner.actor)
-    if overlap:  # an older policy has acted
-        rollout.log_prob += torch.randn_like(rollout.log_prob)
-    logs = learner.update(rollout)
+def test_the_first_ratio_is_one(make_learner, make_rollout):
+    learner = make_learner(num_epochs=1, num_minibatches=1, output_gain=1.0)
+    logs = learner.update(make_rollout(learner.actor))
     assert abs(logs["losses/approx_kl"]) < 1e-6 and logs["losses/clipfrac"] == 0
     assert abs(logs["losses/policy"]) < 1e-4, "advantages are 0 on average, and so is the first surrogate"
 
@@ -396,48 +393,111 @@ def test_an_actor_step_equals_the_equations(make_learner, make_rollout):
         torch.testing.assert_close(parameter.detach(), expected[name], rtol=1e-5, atol=1e-7, msg=name)
 
 
-def test_a_critic_step_on_own_rows_equals_a_loop_over_members(make_learner, make_rollout):
-    """Loss and gradients, without the diversity loss, are those of each member on its own rows."""
+def single_learner(actor, agent):
+    """An agent of a learner without sharing as one on its own: torch.nn's modules in float64, and its log_std."""
+    modules = []
+    for index, (norm, layer) in enumerate(zip(actor.norms, actor.layers, strict=True)):
+        outputs, inputs = layer.weight.shape[1:]
+        # observations are standardised, and a LayerNorm without epsilon leaves them so
+        scale, linear = nn.LayerNorm(inputs, eps=1e-5 if index else 0.0).double(), nn.Linear(inputs, outputs).double()
+        modules += [*([nn.ReLU()] if index else []), scale, linear]
+        with torch.no_grad():
+            scale.weight.copy_(norm.weight[agent, 0])
+            scale.bias.copy_(norm.bias[agent, 0])
+            linear.weight.copy_(layer.weight[agent])
+            linear.bias.copy_(layer.bias[agent, 0])
+    return nn.Sequential(*modules), nn.Parameter(actor.log_std.detach()[agent, 0].clone())
+
+
+@pytest.mark.parametrize("num_agents", [1, 2, 17])
+def test_without_sharing_an_update_equals_that_of_single_learners(num_agents):
+    """HARL's separate actors: each with its own surrogate, entropy bonus, gradient norm and Adam, in float64."""
+    torch.manual_seed(0)
+    settings = dict(clip=0.05, entropy_coef=0.1, lr=1e-2, lr_decay=False, hidden_size=16, output_gain=1.0)
+    settings |= dict(rollout_steps=6, num_epochs=1, num_minibatches=1, max_grad_norm=1.0, sharing="none")
+    high = np.ones((num_agents, ACT), np.float32)
+    learner = script.Learner(STATE, -high, high, script.Args(**settings), CPU)
+    actor = learner.actor.double()
+    learner.actor_coefficient.losses = learner.actor_coefficient.losses.double()
+    singles = [single_learner(actor, agent) for agent in range(num_agents)]
+    adams = [torch.optim.Adam([*network.parameters(), std], lr=1e-2, eps=1e-5) for network, std in singles]
+
+    state, rows = torch.randn(40, STATE, dtype=torch.float64), slice(None)
+    obs = script.agent_observations(state, num_agents).transpose(0, 1)
+    actions, advantages = torch.randn(num_agents, 40, ACT).double() / 2, torch.randn(40).double()
+    with torch.no_grad():
+        before = actor.log_prob(obs, actions, actor.effective_layers())
+    unused = dict(state=None, values=None, returns=None)
+    batch = script.Batch(obs=obs, actions=actions, log_prob=before, advantages=advantages, **unused)
+    norms, clipped = [], 0
+    for _ in range(6):
+        logs = learner.update_actor(batch, rows)
+        losses = []
+        for agent, ((network, log_std), adam) in enumerate(zip(singles, adams, strict=True)):
+            distribution = torch.distributions.Normal(network(obs[agent]), 0.5 * torch.sigmoid(log_std))
+            ratio = torch.exp(distribution.log_prob(actions[agent]).sum(-1) - before[agent])
+            surrogate = torch.min(ratio * advantages, torch.clamp(ratio, 0.95, 1.05) * advantages)
+            loss = -surrogate.mean() - 0.1 * distribution.entropy().sum(-1).mean()
+            adam.zero_grad()
+            loss.backward()
+            norms.append(nn.utils.clip_grad_norm_([*network.parameters(), log_std], 1.0).item())
+            adam.step()
+            losses.append(-surrogate.mean().item())
+            clipped += ((ratio - 1).abs() > 0.05).sum()
+        assert logs["losses/policy"].item() == pytest.approx(sum(losses) / num_agents)
+        for agent, (network, log_std) in enumerate(singles):
+            copy, copied_std = single_learner(actor, agent)
+            for (name, ours), theirs in zip(copy.named_parameters(), network.parameters(), strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10, msg=f"{agent} {name}")
+            torch.testing.assert_close(copied_std, log_std, rtol=1e-8, atol=1e-10)
+    assert clipped > 0 and max(norms) > 1.0, "neither clip was met"
+    assert num_agents == 1 or min(norms) < 1.0, (
+        "every agent's gradient was scaled down: one norm for all would do it too"
+    )
+
+
+def test_a_critic_step_equals_a_loop_over_members(make_learner, make_rollout):
+    """Loss and gradients, without the diversity loss, are those of one member after the other."""
     learner = make_learner(torch.float64, num_critics=3, critic_diversity_coef=0.0, max_grad_norm=1e9)
     batch, _ = learner.prepare(make_rollout(learner.actor, dtype=torch.float64))
     critic, args = learner.critic, learner.args
-    rows = torch.stack([torch.randperm(24)[:10] for _ in range(3)])
+    rows = torch.randperm(24)[:10]
     with torch.no_grad():  # so that a value's change since `prepare` counts
         critic.layers[-1].bias += 0.15
     loss = 0.0
     for k in range(3):
-        values = critic(batch.state[rows[k]], critic.effective_layers())[k, :, 0]
-        before, returns = batch.values[k, rows[k]], batch.returns[rows[k]]
+        values = critic(batch.state[rows], critic.effective_layers())[k, :, 0]
+        before, returns = batch.values[k, rows], batch.returns[rows]
         loss += script.clipped_value_loss(values[None], before[None], returns, args.clip, args.huber_delta).mean()
     names, parameters = zip(*critic.named_parameters(), strict=True)
     expected = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
-    logs = learner.update_critic(batch, rows, torch.arange(3)[:, None])
+    logs = learner.update_critic(batch, rows)
     assert logs["losses/value"].item() == pytest.approx(loss.item())
     for name, parameter in critic.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], msg=name)
 
 
-@pytest.mark.parametrize("own", [False, True])
-def test_a_pass_shows_every_step_once_to_agents_and_to_every_member(own, make_learner, make_rollout, monkeypatch):
-    learner = make_learner(num_critics=3, num_minibatches=5, own_minibatches=own)
+def test_a_pass_shows_every_step_once_to_agents_and_critics(make_learner, make_rollout, monkeypatch):
+    learner = make_learner(num_critics=3, num_minibatches=5)
     seen = {"actor": [], "critic": []}
 
     def watch(name, update):
-        def watched(batch, rows, *members):
-            seen[name].append(rows.expand(3, -1) if name == "critic" else rows)
-            return update(batch, rows, *members)
+        def watched(batch, rows):
+            seen[name].append(rows)
+            return update(batch, rows)
 
         return watched
 
     monkeypatch.setattr(learner, "update_actor", watch("actor", learner.update_actor))
     monkeypatch.setattr(learner, "update_critic", watch("critic", learner.update_critic))
     learner.update(make_rollout(learner.actor))
+    orders = []
     for number in range(learner.args.num_epochs):
         minibatches = slice(5 * number, 5 * number + 5)
-        actor, critic = torch.cat(seen["actor"][minibatches]), torch.cat(seen["critic"][minibatches], 1)
-        for order in (actor, *critic):
-            assert torch.equal(order.sort().values, torch.arange(24))
-        assert len({tuple(order.tolist()) for order in (actor, *critic)}) == (4 if own else 1)
+        actor, critic = torch.cat(seen["actor"][minibatches]), torch.cat(seen["critic"][minibatches])
+        assert torch.equal(actor, critic) and torch.equal(actor.sort().values, torch.arange(24))
+        orders.append(tuple(actor.tolist()))
+    assert len(set(orders)) == len(orders), "each pass in an order of its own"
 
 
 def test_learning_rates_scale_from_their_first_values(make_learner):

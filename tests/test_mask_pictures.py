@@ -31,7 +31,7 @@ def models(tmp_path_factory):
 
     def make(**flags):
         torch.manual_seed(0)
-        args = mappo.Args(hidden_size=8, lr=1e-3, actor_threshold_bias=1.0, log_std="agent", **flags)
+        args = mappo.Args(hidden_size=8, lr=1e-3, actor_threshold_bias=1.0, **flags)
         high = np.ones((3, 2), np.float32)
         path = tmp_path_factory.mktemp("model") / "model.pt"
         experiment.save_model(path, mappo.Learner(5, -high, high, args, torch.device("cpu")), 0)
