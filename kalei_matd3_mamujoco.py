@@ -10,7 +10,7 @@ Zhang, "Kaleidoscope: Learnable Masks for Heterogeneous Multi-agent Reinforcemen
 arXiv:2410.08540); where the paper is silent, the authors' released code decides.
 
 Letters in shapes: B batch, N agents, K critics, M masks (N for the actor, K for the critic), E environments,
-S numbers of state, O of an observation. Networks and losses take any leading dimensions, and a mask is one of them.
+S numbers of state, O of an observation. A mask is a leading dimension of networks and losses.
 """
 
 import copy
@@ -20,6 +20,7 @@ import os
 import time
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn as nn
 from tqdm import tqdm
@@ -35,6 +36,8 @@ class Args(experiment.RunArgs):
 
     exp_name: str = "kalei_matd3_mamujoco"
     """name of this experiment, part of the run's folder"""
+    precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
+    """of the hidden layers' products; auto: bfloat16 where the CPU has it, TF32 on a GPU, else float32"""
     checkpoint_buffer: bool = True
     """keep the replay buffer in checkpoints; without, a resumed run fills a new one before it learns on"""
     num_envs: int = 10
@@ -121,6 +124,17 @@ UNMASKED = 1_000.0  # threshold bias that masks nothing: sigmoid(-1000) is 0
 
 
 # ---- Masked networks ----
+def resolve_precision(precision, device):
+    """What --precision auto means: bfloat16 where a CPU multiplies it natively, TF32 on a GPU, else float32."""
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if precision == "bfloat16" and device.type == "cpu" and not native:
+        experiment.say("warning: this CPU does not multiply bfloat16 natively: --precision bfloat16 is slow here")
+    if precision == "auto":
+        precision = "tf32" if device.type == "cuda" else "bfloat16" if native else "float32"
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    return precision
+
+
 class MaskedLinear(nn.Module):
     """One weight W (out, in) and bias (out,), shared by M masks with thresholds s (M, out, in).
 
@@ -151,10 +165,7 @@ class MaskedLinear(nn.Module):
         return -(torch.rand_like(self.thresholds) * self.threshold_scale + self.threshold_bias)
 
     def effective(self, masks=slice(None)):
-        """W and the bias as each of `masks` sees them: (len(masks), out, in) and what adds to (len(masks), B, out).
-
-        For one index instead of a slice: (out, in) and what adds to (B, out).
-        """
+        """W and the bias as each of `masks` sees them: (len(masks), out, in) and what adds to (len(masks), B, out)."""
         weight, bias = (self.weight[masks], self.bias[masks]) if self.own else (self.weight, self.bias)
         kept = torch.relu(weight.abs() - torch.sigmoid(self.thresholds[masks]))
         return torch.sign(weight) * kept, bias
@@ -162,6 +173,17 @@ class MaskedLinear(nn.Module):
     def masks(self):
         """(M, out, in) bool: what each mask keeps."""
         return self.weight.abs() > torch.sigmoid(self.thresholds)
+
+
+def masked_linear(x, weight, bias):
+    """x (B, in) or (M, B, in) through M effective layers (M, out, in) in one product: (M, B, out), in the bias's dtype.
+
+    The product is made in the weight's dtype: in bfloat16, both operands are rounded to 8 bits, and sums are float32.
+    """
+    x = x.to(weight.dtype).expand(len(weight), -1, -1)
+    if weight.dtype != bias.dtype:
+        return bias + x @ weight.mT
+    return torch.baddbmm(bias, x, weight.mT)
 
 
 class MaskedMLP(nn.Module):
@@ -174,27 +196,30 @@ class MaskedMLP(nn.Module):
     The effective layers are an argument of their own, since they often stay the same over many products.
     """
 
-    def __init__(self, num_masks, inputs, hidden, outputs, threshold_scale, threshold_bias, layer_norm, sharing):
+    def __init__(self, num_masks, sizes, thresholds, layer_norm, sharing, precision="float32"):
+        """sizes: (inputs, hidden, outputs); thresholds: their (scale, bias) at the start."""
         super().__init__()
-        sizes = [(inputs, hidden), (hidden, hidden), (hidden, outputs)]
-        thresholds = (threshold_scale, threshold_bias if sharing == "kaleidoscope" else UNMASKED)
-        layers = [MaskedLinear(num_masks, *size, *thresholds, own=sharing == "none") for size in sizes]
+        self.bfloat16 = precision == "bfloat16"
+        (inputs, hidden, outputs), (scale, bias) = sizes, thresholds
+        thresholds = (scale, bias if sharing == "kaleidoscope" else UNMASKED)
+        shapes = ((inputs, hidden), (hidden, hidden), (hidden, outputs))
+        layers = [MaskedLinear(num_masks, *shape, *thresholds, own=sharing == "none") for shape in shapes]
         self.layers = nn.ModuleList(layers)
         self.norms = nn.ModuleList(nn.LayerNorm(hidden) if layer_norm else nn.Identity() for _ in range(2))
 
     def effective_layers(self, masks=slice(None)):
-        """The three layers' effective weights (M, out, in), or (out, in) if `masks` is one index, and biases."""
-        return [layer.effective(masks) for layer in self.layers]
+        """Effective weights (M, out, in), those of hidden layers in the dtype of their products, and biases."""
+        *hidden, output = [layer.effective(masks) for layer in self.layers]
+        return [(weight.bfloat16() if self.bfloat16 else weight, bias) for weight, bias in hidden] + [output]
 
     def forward(self, x, layers):
         """x (B, in) or (M, B, in) -> (M, B, out), through effective layers: one product a layer for all masks."""
-        weight, bias = layers[0]
-        return self.after_first(x @ weight.mT + bias, layers)
+        return self.after_first(masked_linear(x, *layers[0]), layers)
 
     def after_first(self, x, layers):
-        """The same from the first layer's output (M, B, hidden) on."""
-        for norm, (weight, bias) in zip(self.norms, layers[1:], strict=True):
-            x = torch.relu(norm(x)) @ weight.mT + bias
+        """The same from the first layer's output (M, B, hidden) on, which is written to."""
+        for norm, layer in zip(self.norms, layers[1:], strict=True):
+            x = masked_linear(torch.relu_(norm(x)), *layer)
         return x
 
     @torch.no_grad()
@@ -217,9 +242,9 @@ class Actor(MaskedMLP):
     """Deterministic policies of N agents, one mask each: tanh scaled to the action bounds low, high (N, act)."""
 
     def __init__(self, observation_size, low, high, args):
-        scale, bias = args.actor_threshold_scale, args.actor_threshold_bias
-        sizes, sharing = (observation_size, args.hidden_size, low.shape[1]), args.sharing
-        super().__init__(len(low), *sizes, scale, bias, layer_norm=False, sharing=sharing)
+        thresholds = (args.actor_threshold_scale, args.actor_threshold_bias)
+        sizes = (observation_size, args.hidden_size, low.shape[1])
+        super().__init__(len(low), sizes, thresholds, False, args.sharing, args.precision)
         for name, value in (("low", low), ("high", high), ("centre", (high + low) / 2), ("scale", (high - low) / 2)):
             self.register_buffer(name, torch.as_tensor(value))
 
@@ -229,7 +254,7 @@ class Actor(MaskedMLP):
 
     def act_alone(self, obs, agent):
         """One agent: its obs (B, obs) -> its actions (B, act)."""
-        actions = torch.tanh(self(obs, self.effective_layers(agent)))
+        actions = torch.tanh(self(obs, self.effective_layers(slice(agent, agent + 1))).squeeze(-3))
         return actions * self.scale[agent] + self.centre[agent]
 
 
@@ -237,9 +262,9 @@ class Critic(MaskedMLP):
     """An ensemble of K action values, one mask each: state and joint action (B, S + N act) -> (K, B, 1)."""
 
     def __init__(self, inputs, args):
-        scale, bias = args.critic_threshold_scale, args.critic_threshold_bias
+        thresholds = (args.critic_threshold_scale, args.critic_threshold_bias)
         sizes = (inputs, args.hidden_size, 1)
-        super().__init__(args.num_critics, *sizes, scale, bias, layer_norm=True, sharing="kaleidoscope")
+        super().__init__(args.num_critics, sizes, thresholds, True, "kaleidoscope", args.precision)
 
 
 # ---- Mask diversity ----
@@ -356,7 +381,7 @@ class Batch(NamedTuple):
 class Replay:
     """A ring of `rows` steps of E environments, on the device. It holds states only: they imply the observations."""
 
-    ARRAYS = ("state", "actions", "reward", "terminated", "ended")
+    ARRAYS = ("state", "actions", "reward", "terminated", "ended")  # and next_state
 
     @staticmethod
     def following(filled, rows):
@@ -381,18 +406,23 @@ class Replay:
         self.newest = torch.zeros((), dtype=torch.long, device=device)
         self.filled = torch.zeros((), dtype=torch.long, device=device)
 
-    def add(self, state, actions, reward, next_state, terminated, truncated):
-        """Store one step of all environments: arrays or tensors of E rows."""
-        row = self.next_row
-        self.state[row] = torch.as_tensor(state)
-        self.actions[row] = torch.as_tensor(actions)
-        self.reward[row] = torch.as_tensor(reward)
-        self.next_state[row] = torch.as_tensor(next_state)
-        self.terminated[row] = torch.as_tensor(terminated)
-        self.ended[row] = torch.as_tensor(terminated | truncated)
-        self.next_row = (row + 1) % self.rows
-        self.newest.fill_(row)
-        self.filled.add_(1).clamp_(max=self.rows)
+    def add(self, steps):
+        """Store steps of all environments: a list of (state, actions, reward, next_state, terminated, truncated).
+
+        Each is a tuple of arrays of E rows. All steps go to the device together, in six copies.
+        """
+        count = min(len(steps), self.rows)
+        row = (self.next_row + torch.arange(len(steps))[-count:]) % self.rows
+        *arrays, terminated, truncated = (
+            torch.from_numpy(np.stack(values)) for values in zip(*steps[-count:], strict=True)
+        )
+        names = ("state", "actions", "reward", "next_state", "terminated", "ended")
+        for name, values in zip(names, (*arrays, terminated, terminated | truncated), strict=True):
+            stored = getattr(self, name)
+            stored[row] = values.to(stored.dtype).to(stored.device)
+        self.next_row = (self.next_row + len(steps)) % self.rows
+        self.newest.fill_((self.next_row - 1) % self.rows)
+        self.filled.add_(len(steps)).clamp_(max=self.rows)
 
     def state_dict(self):
         """What is stored and where, compactly: next states only where the following row does not hold them."""
@@ -511,8 +541,8 @@ class Learner(nn.Module):
             critic_layers = self.critic.effective_layers()
             weight, bias = critic_layers[0]
             joint_actions = batch.actions.flatten(-2)
-            first = torch.cat([batch.state, joint_actions], -1) @ weight.mT + bias
-            action_columns = weight[..., batch.state.shape[-1] :].mT.contiguous()  # (K, N act, hidden)
+            first = masked_linear(torch.cat([batch.state, joint_actions], -1), weight, bias)
+            action_columns = weight[..., batch.state.shape[-1] :].mT.to(first.dtype).contiguous()  # (K, N act, hidden)
         logs = []
         for agent in range(self.num_agents):
             own = slice(agent * act, (agent + 1) * act)
@@ -591,6 +621,7 @@ def main():
     if args.evaluate is not None:
         return experiment.evaluate_file(args, device, Actor)
 
+    args.precision = resolve_precision(args.precision, device)
     expected = f"a multiple of the {num_processes} processes"
     experiment.require(args, "batch_size", lambda x: x % num_processes == 0, expected)
 
@@ -633,7 +664,8 @@ def main():
     state = envs.state
     run_folder, writer = experiment.open_run(args, global_step, rank)
     if rank == 0:
-        flags = f"sharing {args.sharing}, n_step {args.n_step}, policy_freq {args.policy_freq}"
+        names = ("sharing", "n_step", "policy_freq", "precision")
+        flags = ", ".join(f"{name} {getattr(args, name)}" for name in names)
         print(f"{run_folder} on {num_processes} x {device}: {flags}; {experiment.observation_sizes(envs)}")
     bar = dict(unit="step", unit_scale=True, dynamic_ncols=True, disable=rank > 0)
     progress = tqdm(total=args.total_timesteps, initial=global_step, **bar)
@@ -644,6 +676,7 @@ def main():
         # act: the weights stay the same for a whole round, and so do the effective ones
         with torch.no_grad():
             layers = actor.effective_layers()
+        steps = []
         for _ in range(min(args.train_interval, -(-(args.total_timesteps - global_step) // num_envs))):
             with torch.no_grad():
                 if global_step < args.warmup_steps:
@@ -655,17 +688,15 @@ def main():
                     actions = torch.clamp(actions + noise, actor.low, actor.high)
             actions = actions.cpu().numpy()
             obs, reward, terminated, truncated, infos = envs.step(actions)
-            replay.add(state, actions, reward, infos["final_state"], terminated, truncated)
+            steps.append((state, actions, reward, infos["final_state"], terminated, truncated))
             state = infos["state"]
             global_step += num_envs
             experiment.log_episodes(writer, infos, global_step)
+        replay.add(steps)
 
-        # learn
+        # learn: what is reset learns before it acts
         learning = global_step > learning_starts
         if learning:
-            for _ in range(args.updates_per_round):
-                num_updates += 1
-                logs |= updates[num_updates % args.policy_freq == 0]()
             if reset_due(args.actor_reset_interval, previous_step, global_step, args.total_timesteps):
                 num_reset = reset_actor(actor, args.actor_reset_ratio)
                 experiment.broadcast(actor)
@@ -675,6 +706,9 @@ def main():
                 reset_critic(learner.critic, member)
                 experiment.broadcast(learner.critic)
                 writer.add_scalar("resets/critic_member", member, global_step)
+            for _ in range(args.updates_per_round):
+                num_updates += 1
+                logs |= updates[num_updates % args.policy_freq == 0]()
 
         # log
         finished = global_step >= args.total_timesteps

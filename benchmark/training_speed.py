@@ -91,14 +91,13 @@ class Run:
         block = []
         for _ in range(self.steps):
             with torch.no_grad():
-                sampled = self.sample(torch.as_tensor(self.obs, device=self.device))
+                actions, bounded = self.sample(torch.as_tensor(self.obs, device=self.device))
             self.lap("acting")
-            on_host = torch.clamp(sampled["actions"], self.learner.actor.low, self.learner.actor.high).cpu().numpy()
+            actions, on_host = actions.cpu().numpy(), bounded.cpu().numpy()
             self.lap("copying")
             self.obs, reward, terminated, truncated, infos = self.envs.step(on_host)
             self.lap("physics")
-            outcome = dict(reward=reward, next_state=infos["final_state"], terminated=terminated, truncated=truncated)
-            block.append(dict(state=self.state, **sampled, **outcome))
+            block.append((self.state, actions, reward, infos["final_state"], terminated, truncated))
             self.state = infos["state"]
         return block
 
@@ -127,7 +126,7 @@ class Matd3(Run):
         for _ in range(rows):  # of real physics, with random actions
             actions = self.envs.action_space.sample()
             _, reward, terminated, truncated, infos = self.envs.step(actions)
-            self.replay.add(state, actions, reward, infos["final_state"], terminated, truncated)
+            self.replay.add([(state, actions, reward, infos["final_state"], terminated, truncated)])
             state = infos["state"]
 
     def make_updates(self):
@@ -142,11 +141,12 @@ class Matd3(Run):
     def sample(self, obs):
         actor = self.learner.actor
         actions = actor.act(obs, self.policy)
-        return {"actions": actions + torch.randn_like(actions) * actor.scale * self.args.exploration_noise}
+        noise = torch.randn_like(actions) * actor.scale * self.args.exploration_noise
+        actions = torch.clamp(actions + noise, actor.low, actor.high)
+        return actions, actions
 
     def store(self, block):
-        for transition in block:
-            self.replay.add(**transition)
+        self.replay.add(block)
 
     def update(self):
         for number in range(1, self.num_updates + 1):
@@ -168,12 +168,11 @@ class Mappo(Run):
         return actor.effective_layers(), actor.std()
 
     def sample(self, obs):
-        actions, log_prob = self.learner.actor.sample(obs, *self.policy)
-        return {"actions": actions, "log_prob": log_prob}
+        actions = self.learner.actor.sample(obs, *self.policy)
+        return actions, self.learner.actor.to_bounds(actions)
 
     def store(self, block):
-        for step, transition in enumerate(block):
-            self.rollout.add(step, **transition)
+        self.rollout.store(block)
 
 
 def on_gpu(options):

@@ -625,7 +625,7 @@ def steps_of_data(number):
 def make_replay(rows, steps=()):
     replay = matd3.Replay(rows, ENVS, SIZE, (2, 3), N_STEP, 0.9, torch.device("cpu"))
     for step in steps:
-        replay.add(*step)
+        replay.add([step])
     return replay
 
 
@@ -652,8 +652,8 @@ def test_a_replay_buffer_comes_back_bit_for_bit(steps):
     loaded.load_state_dict(saved)
     assert_same_replay(loaded, replay)
     for step in data[steps:]:  # saved is a copy, and the ring turns on
-        replay.add(*step)
-        loaded.add(*step)
+        replay.add([step])
+        loaded.add([step])
         assert_same_replay(loaded, replay)
 
 
@@ -665,8 +665,8 @@ def test_a_ring_that_has_not_wrapped_loads_into_a_larger_one(steps, more):
     loaded.load_state_dict(make_replay(ROWS, data[:steps]).state_dict())
     assert_same_replay(loaded, expected)
     for step in data[steps:]:
-        loaded.add(*step)
-        expected.add(*step)
+        loaded.add([step])
+        expected.add([step])
         assert_same_replay(loaded, expected)
 
 
@@ -675,7 +675,7 @@ def test_what_is_saved_of_a_replay_buffer_stays_as_it_was():
     replay = make_replay(ROWS, data[:ROWS])
     saved, again = replay.state_dict(), make_replay(ROWS, data[:ROWS]).state_dict()
     for step in data[ROWS:]:
-        replay.add(*step)
+        replay.add([step])
     assert_same(saved, again, "replay")
 
 

@@ -128,11 +128,11 @@ def same(a, b):
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
-def draw_step(device):
-    """One step of all environments, of normal numbers."""
-    ends = torch.rand(ENVS, device=device) < 0.1
-    state, next_state = torch.randn(2, ENVS, STATE, device=device)
-    return state, torch.randn(ENVS, AGENTS, ACT, device=device), torch.randn(ENVS, device=device), next_state, ends
+def draw_step():
+    """One step of all environments, of normal numbers: state, actions, reward, next_state, terminated, truncated."""
+    ends = torch.rand(ENVS).numpy() < 0.1
+    state, next_state = torch.randn(2, ENVS, STATE).numpy()
+    return state, torch.randn(ENVS, AGENTS, ACT).numpy(), torch.randn(ENVS).numpy(), next_state, ends, ends & False
 
 
 # ---- OneLaunch ----
@@ -204,9 +204,7 @@ def train_matd3(learner, replay, device, wrap):
     trace, logs, num_updates = [], {}, 0
     for number in range(10):
         layers = learner.actor.effective_layers()
-        for _ in range(5):
-            state, actions, reward, next_state, ends = draw_step(device)
-            replay.add(state, actions, reward, next_state, ends, torch.zeros_like(ends))
+        replay.add([draw_step() for _ in range(5)])
         for _ in range(4):
             num_updates += 1
             logs |= updates[num_updates % 2 == 0]()
@@ -246,11 +244,7 @@ def train_mappo(learner, rollout, device, wrap):
     trace = []
     for number in range(8):
         layers = learner.actor.effective_layers()
-        for step in range(6):
-            state, actions, reward, next_state, ends = draw_step(device)
-            outcome = dict(reward=reward, next_state=next_state, terminated=ends, truncated=torch.zeros_like(ends))
-            outcome["log_prob"] = torch.randn(ENVS, AGENTS, device=device) / 10
-            rollout.add(step, state=state, actions=actions, **outcome)
+        rollout.store([draw_step() for _ in range(6)])
         learner.scale_learning_rates(1 - number / 8)
         logs = update()
         if number == 5:

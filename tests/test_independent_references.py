@@ -274,13 +274,12 @@ def test_a_rollouts_updates_are_harls(sharing, num_agents):
     states = torch.randn(steps + 1, num_envs, STATE).double() * 3 + 1
     rollout.state, rollout.next_state, rollout.reward = states[:-1], states[1:], states[1:, :, 0].clone()
     rollout.terminated = torch.rand(steps, num_envs) < 0.2
-    rollout.actions, rollout.log_prob = rollout.actions.double(), rollout.log_prob.double()
+    rollout.actions = rollout.actions.double()
     for agent, one_hot in enumerate(np.eye(num_agents)):
         obs = standardised([[*s, *one_hot] for s in rollout.state.flatten(0, 1).numpy()])
         with torch.no_grad():
             policy = plain.distribution(agent, torch.as_tensor(obs).view(steps, num_envs, -1))
             rollout.actions[:, :, agent] = policy.sample()
-            rollout.log_prob[..., agent] = policy.log_prob(rollout.actions[:, :, agent]).sum(-1)
     learner.update(rollout)
     plain.update(rollout)
     assert min(plain.norms) < learner.args.max_grad_norm < max(plain.norms), "some gradients are to be clipped"
