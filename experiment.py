@@ -194,8 +194,7 @@ def check_common_args(args):
         fail("--track is set, expected Weights & Biases to be installed (pip install wandb)")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device is cuda, expected cpu or auto: PyTorch finds no CUDA device here")
-    on_gpu = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
-    found, compiler = compiler_for("cuda" if on_gpu else "cpu")
+    found, compiler = compiler_for(device_type(args))
     require(args, "compile", lambda x: not x or found, f"it only where there is {compiler}")
     try:
         parse_env_id(DEFAULT_ENV_ID if args.env_id is None else args.env_id)
@@ -210,11 +209,16 @@ def check_common_args(args):
     require(args, "layer_weights", lambda x: all(0 <= w < math.inf for w in x), "finite numbers of at least 0")
 
 
+def device_type(args):
+    """What --device means here: "cpu" or "cuda"."""
+    return args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
 # ---- Several processes, started by torchrun, each with environments of its own; alone, none of this does anything ----
 def start(args):
     """(device, rank, number of processes): joins the others that torchrun started, if it did."""
     keep_freed_memory()
-    kind = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    kind = device_type(args)
     if not {"WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys():
         return torch.device(kind), 0, 1
     if kind == "cuda":

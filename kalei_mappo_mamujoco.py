@@ -128,13 +128,13 @@ UNMASKED = 1_000.0  # threshold bias that masks nothing: sigmoid(-1000) is 0
 
 
 # ---- Masked networks ----
-def resolve_precision(precision, device):
+def resolve_precision(precision, device_type):
     """What --precision auto means: bfloat16 where a CPU multiplies it natively, TF32 on a GPU, else float32."""
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if precision == "bfloat16" and device.type == "cpu" and not native:
+    if precision == "bfloat16" and device_type == "cpu" and not native:
         experiment.say("warning: this CPU does not multiply bfloat16 natively: --precision bfloat16 is slow here")
     if precision == "auto":
-        precision = "tf32" if device.type == "cuda" else "bfloat16" if native else "float32"
+        precision = "tf32" if device_type == "cuda" else "bfloat16" if native else "float32"
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     return precision
 
@@ -672,6 +672,7 @@ def parse_args(argv=None):
         if getattr(args, name) is None:
             setattr(args, name, tuned)
     check_args(args)
+    args.precision = resolve_precision(args.precision, experiment.device_type(args))
     return args, checkpoint
 
 
@@ -695,7 +696,6 @@ def main():
     if args.evaluate is not None:
         return experiment.evaluate_file(args, device, Actor)
 
-    args.precision = resolve_precision(args.precision, device)
     stop = experiment.StopSignals()
     torch.manual_seed(args.seed)  # the same weights in all processes
     seed = experiment.seed_of_process(args.seed, rank)  # and other environments and draws
