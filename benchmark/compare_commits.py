@@ -4,9 +4,9 @@
         --versions "before=10e3bad" "float32=HEAD --precision float32" "bfloat16=HEAD --precision bfloat16"
 
 Each version is NAME=COMMIT FLAGS. Every round runs benchmark/training_speed.py of each commit, as it is there, in a
-process of its own, one version after the other, so that all meet the same conditions. Printed are medians over rounds of
-milliseconds an update and of environment steps a second, and the medians of each round's ratios to the first version;
-in the last column, steps a second over those of the physics alone.
+process of its own, one version after the other, so that all meet the same conditions. Printed are medians over rounds
+of milliseconds an update and of environment steps a second, and the medians of each round's ratios to the first
+version; in the last column, steps a second over those of the physics alone.
 """
 
 import dataclasses
