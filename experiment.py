@@ -39,8 +39,7 @@ from tqdm import tqdm
 
 import filming
 from cuda_graphs import compiler_for
-from mamujoco_env import MaMuJoCoVecEnv
-from mamujoco_tasks import parse_env_id
+from mamujoco_env import MaMuJoCoVecEnv, parse_env_id
 from mask_pictures import log_masks
 
 CHECKPOINT_FORMAT = 1

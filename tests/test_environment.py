@@ -13,8 +13,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium_robotics import mamujoco_v1
 from mujoco.batch import SimulationError
 
-from mamujoco_env import MaMuJoCoVecEnv, agent_observations, standardise
-from mamujoco_tasks import parse_env_id
+from mamujoco_env import MaMuJoCoVecEnv, agent_observations, parse_env_id, standardise
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*v4 is out of date.*:DeprecationWarning")
 
