@@ -147,6 +147,7 @@ class Task:
       frame_skip: simulation steps in an environment step
       fields: what of MjData makes up the state, laid end to end; also what an agent observes of its own joints
       hidden_positions: how many of the first positions the state leaves out
+      derived: whether the task reads anything but positions and velocities, which a reset then has MuJoCo compute
       first_body: the first body whose numbers are part of the state; v5 leaves out the world, 0
       measured: whether contact forces are those of the simulation, as in v5, or zero, as in v2
       force_limit: contact forces are clipped to +- this
@@ -160,7 +161,7 @@ class Task:
     model_file: str
     frame_skip = 5
     fields, hidden_positions = ("qpos", "qvel"), 1
-    first_body, measured = 0, False
+    derived, first_body, measured = True, 0, False
     forward_weight, control_cost, alive, alive_when_unhealthy = 1.0, 0.1, 0.0, True
     force_limit, contact_cost, contact_cost_limit = np.inf, 0.0, np.inf
     noise, velocity_noise = 0.1, "normal"
@@ -207,13 +208,13 @@ class Task:
         """(E,): the reward's first term, from the positions before and after the step."""
         return (after - before) * (self.forward_weight / self.dt)
 
-    def reward(self, before, after, ctrl):
-        """(E,) from the positions before and after the step and the controls (E, nu)."""
+    def reward(self, before, after, ctrl, unhealthy):
+        """(E,) from the positions before and after the step, the controls (E, nu) and where the episode terminates."""
         reward = np.vecdot(ctrl, ctrl)
         reward *= -self.control_cost
         reward += self.progress(before, after)
         if self.alive:
-            reward += self.alive if self.alive_when_unhealthy else self.alive * ~self.unhealthy()
+            reward += self.alive if self.alive_when_unhealthy else self.alive * ~unhealthy
         if self.contact_cost:
             squares = np.square(self.forces).sum((1, 2))
             reward -= np.minimum(self.contact_cost * squares, self.contact_cost_limit)
@@ -307,7 +308,7 @@ class ManyAgentAnt(Ant):
 
 
 class HalfCheetah(Task):
-    model_file = "half_cheetah.xml"
+    model_file, derived = "half_cheetah.xml", False
 
 
 class CoupledHalfCheetah(HalfCheetah):
@@ -319,7 +320,7 @@ class CoupledHalfCheetah(HalfCheetah):
 
 
 class Swimmer(Task):
-    model_file, frame_skip, hidden_positions = "swimmer.xml", 4, 2
+    model_file, derived, frame_skip, hidden_positions = "swimmer.xml", False, 4, 2
     control_cost, velocity_noise = 1e-4, "uniform"
 
     def joint_columns(self, joint, field, columns, seen):
@@ -341,7 +342,7 @@ class ManyAgentSwimmer(Swimmer):
 
 
 class Hopper(Task):
-    model_file, frame_skip = "hopper.xml", 4
+    model_file, derived, frame_skip = "hopper.xml", False, 4
     control_cost, alive = 1e-3, 1.0
     noise, velocity_noise = 5e-3, "uniform"
 
@@ -353,8 +354,8 @@ class Hopper(Task):
 
     def state(self):
         state = super().state()
-        velocity = state[:, -self.model.nv :]
-        np.maximum(np.minimum(velocity, 10.0, out=velocity), -10.0, out=velocity)
+        velocities = state[:, -self.model.nv :]
+        velocities.clip(-10.0, 10.0, out=velocities)
         return state
 
     def unhealthy(self):
@@ -485,7 +486,7 @@ class PusherV5(Task):
     def state(self):
         return np.concatenate([self.qpos[:, :7], self.qvel[:, :7], self.tip, self.object, self.goal], axis=1)
 
-    def reward(self, before, after, ctrl):
+    def reward(self, before, after, ctrl, unhealthy):
         near = np.linalg.norm(self.object - self.tip, axis=1)
         far = np.linalg.norm(self.object - self.goal, axis=1)
         return -far - self.control_cost * np.vecdot(ctrl, ctrl) - 0.5 * near
@@ -750,7 +751,8 @@ class MaMuJoCoVecEnv(VectorEnv):
         self.batch.state[ids] = self._blank  # as mj_resetData
         for i in ids:
             self.task.qpos[i], self.task.qvel[i] = self.task.sample(self._rngs[i])
-        self.batch.forward(ids)
+        if self.task.derived:
+            self.batch.forward(ids)
         if self.task.measured:
             self.task.forces[ids] = 0.0  # until the first step, as in Gymnasium
         self._returns[ids] = self._lengths[ids] = 0
@@ -790,8 +792,8 @@ class MaMuJoCoVecEnv(VectorEnv):
         if task.measured:
             task.measure_forces(self.batch)
         state, after = task.state(), task.position()
-        reward = task.reward(before, after, ctrl)
         terminated = task.unhealthy()
+        reward = task.reward(before, after, ctrl, terminated)
         # MuJoCo looks for huge values before each simulation step, so after the last one we do, in one sum
         sound = np.vdot(state, state) + np.vdot(reward, reward) < HUGE**2
         if failed or not sound or np.count_nonzero(self._unstable_warnings):
