@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import filming
 import kalei_mappo_mamujoco as script
+from experiment import films
 from mamujoco_env import MaMuJoCoVecEnv
 
 TINY = "--device cpu --env-id Hopper-v2-3x1 --total-timesteps 80 --num-envs 4 --rollout-steps 10 --hidden-size 8"
@@ -32,7 +32,7 @@ def run(*flags, cwd, **environment):
 def opengl():
     """Skips where no film can be made."""
     try:
-        filming.Film(MaMuJoCoVecEnv("Hopper-v2-3x1", 1)).close()
+        films.Film(MaMuJoCoVecEnv("Hopper-v2-3x1", 1)).close()
     except RuntimeError as error:
         pytest.skip(f"no OpenGL: {error}")
 
@@ -50,7 +50,7 @@ def frames_of(gif):
 def test_a_film_shows_the_robot_move_in_real_time(env_id, every, opengl):
     envs = MaMuJoCoVecEnv(env_id, 2)
     envs.reset()
-    film = filming.Film(envs)
+    film = films.Film(envs)
     draw = np.random.default_rng(0)
     for _ in range(3 * every):
         film()
@@ -64,9 +64,9 @@ def test_a_film_shows_the_robot_move_in_real_time(env_id, every, opengl):
 
 
 def test_a_film_is_no_longer_than_its_limit_and_begins_anew(opengl, monkeypatch):
-    monkeypatch.setattr(filming, "MAX_FRAMES", 2)
+    monkeypatch.setattr(films, "MAX_FRAMES", 2)
     envs = MaMuJoCoVecEnv("HalfCheetah-v2-2x3", 1)
-    film = filming.Film(envs)
+    film = films.Film(envs)
     for _ in range(2):
         for _ in range(5):
             film()
@@ -111,7 +111,7 @@ def test_no_screen_is_one_line(tmp_path):
         assert file.suffix != ".gif"
     os.rename(tmp_path / "runs", tmp_path / "before")
     assert "--render" in refused("--evaluate", tmp_path / "model.pt", "--render", cwd=tmp_path)
-    assert "only with --evaluate" in refused(*TINY.split(), "--render", cwd=tmp_path)
+    assert "--render" in refused(*TINY.split(), "--render", cwd=tmp_path)
 
 
 FAKE_WANDB = """
@@ -127,7 +127,7 @@ def init(**settings):
 
 def test_weights_and_biases_get_what_tensorboard_gets(tmp_path):
     (tmp_path / "wandb.py").write_text(FAKE_WANDB)
-    flags = ["--track", "--wandb-project", "masks", "--checkpoint-interval", "40"]
+    flags = ["--track", "--wandb-project-name", "masks", "--checkpoint-interval", "40"]
     code, _, err = run(*TINY.split(), *flags, cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert code == 0, err
     (folder,) = (tmp_path / "runs").iterdir()
@@ -150,4 +150,6 @@ def test_weights_and_biases_refusing_is_one_line(tmp_path):
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="Weights & Biases is installed")
 def test_no_weights_and_biases_is_one_line(tmp_path):
-    assert "pip install wandb" in refused(*TINY.split(), "--track", cwd=tmp_path)
+    code, _, err = run(*TINY.split(), "--track", cwd=tmp_path)
+    assert code == 2 and err.count("\n") == 1 and "pip install wandb" in err, err
+    assert not list((tmp_path / "runs").iterdir())
