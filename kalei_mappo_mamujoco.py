@@ -24,93 +24,91 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import tyro
 from tqdm import tqdm
 
-import experiment
-from cuda_graphs import OneLaunch
+from experiment import checkpoints, films, processes, saved_models
+from experiment.command_line import fail, require
+from experiment.hardware import device_type, keep_freed_memory, resolve_precision
+from experiment.mask_pictures import log_masks
+from experiment.processes import all_reduce_mean
+from experiment.run_folder import log_episodes, log_evaluation, log_training, open_run
+from experiment.stopping import StopSignals, stop_if_diverged
 from mamujoco_env import MaMuJoCoVecEnv, agent_observations, standardise
 
 
 @dataclasses.dataclass
-class Args(experiment.RunArgs):
+class Args:
     """Train Kaleidoscope-MAPPO on a multi-agent MuJoCo task, or evaluate a saved model."""
 
-    exp_name: str = "kalei_mappo_mamujoco"
-    """name of this experiment, part of the run's folder"""
-    precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
-    """of the hidden layers' products; auto: bfloat16 where the CPU has it, TF32 on a GPU, else float32"""
-    num_envs: int = 20
-    """environments stepped side by side (E)"""
+    # run
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]  # name of this experiment, part of the run's folder
+    seed: int = 1  # of the weights, the exploration, the minibatches and the environments
+    total_timesteps: int = 10_000_000  # environment steps of the run, over all environments
+    log_interval: int = 5_000  # environment steps between two entries of losses and masks in TensorBoard; 0: none
+    eval_interval: int = 100_000  # environment steps between two evaluations; 0: at the end only
+    eval_episodes: int = 40  # of an evaluation, one in each of as many environments; 0: no evaluation
+    save_model: bool = False  # write actor and critic to model.pt in the run's folder, at every evaluation
+    capture_video: bool = False  # film an episode of each evaluation: a GIF in the run's folder, or beside the model
+    render: bool = False  # show an episode of each evaluation in a window, unless it is filmed
+    track: bool = False  # log to Weights & Biases as well, which then must be installed
+    wandb_project_name: str = "kaleidoscope-mamujoco"  # Weights & Biases' project
+    wandb_entity: str | None = None  # Weights & Biases' user or team
+    checkpoint_interval: int = 0  # environment steps between two checkpoints, for --resume; 0: none
+    resume: str | None = None  # go on with the run in this folder, with its flags; --total-timesteps may move its end
+    evaluate: str | None = None  # do not train: evaluate the model in this file, on the task it was trained on
+
+    # environment
+    env_id: str | None = None  # a robot and its division into agents; by default Ant-v2-4x2, or the model's
+    agent_obsk: int | None = None  # agents see their joints and those so many steps away; by default the full state
+    episode_limit: int = 1_000  # steps after which an episode is cut; a cut is not a termination
+    num_envs: int = 20  # environments stepped side by side (E)
+
+    # speed
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # of networks and updates; auto takes the GPU if there is one
+    num_threads: int = 0  # for the physics, 0 for one per CPU; OMP_NUM_THREADS sets PyTorch's
+    precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"  # of the hidden products; auto: the device's
+    cudagraph: bool = True  # on a GPU, launch a whole update at once and not kernel by kernel
+    compile: bool = False  # let torch.compile fuse the updates' kernels, which takes minutes at the start
 
     # MAPPO
-    sharing: Literal["kaleidoscope", "full", "none"] = "kaleidoscope"
-    """what the agents' policies share: weights under masks, one network without masks, or nothing"""
-    rollout_steps: int | None = None
-    """steps of every environment in a rollout (T); by default the value of TUNED for the env id, as the next six"""
-    num_epochs: int | None = None
-    """passes over a rollout"""
-    num_minibatches: int | None = None
-    """minibatches that a pass divides the rollout into, an update each"""
-    clip: float | None = None
-    """the probability ratio counts up to 1 +- this, and a value's change up to +- this"""
-    entropy_coef: float | None = None
-    """weight of the entropy bonus"""
-    lr: float | None = None
-    """Adam's learning rate for all but thresholds"""
-    lr_decay: bool | None = None
-    """let all learning rates fall linearly to 0 over the run"""
-    gamma: float = 0.99
-    """discount"""
-    gae_lambda: float = 0.95
-    """lambda of the generalised advantage estimate"""
-    max_grad_norm: float = 10.0
-    """gradients of actor and critic are scaled down to this norm"""
-    huber_delta: float = 10.0
-    """value errors beyond this, in std of returns, count linearly"""
-    value_norm_beta: float = 0.99999
-    """memory of the running mean and std of returns, in which the critic predicts"""
-    hidden_size: int = 128
-    """width of the three hidden layers of actor and critic"""
-    output_gain: float = 0.01
-    """gain of the actor's output layer at the start"""
+    sharing: Literal["kaleidoscope", "full", "none"] = "kaleidoscope"  # agents share weights under masks, all, nothing
+    rollout_steps: int | None = None  # steps of every environment in a rollout (T); None, as in the next six: TUNED's
+    num_epochs: int | None = None  # passes over a rollout
+    num_minibatches: int | None = None  # minibatches that a pass divides the rollout into, an update each
+    clip: float | None = None  # the probability ratio counts up to 1 +- this, and a value's change up to +- this
+    entropy_coef: float | None = None  # weight of the entropy bonus
+    lr: float | None = None  # Adam's learning rate for all but thresholds
+    lr_decay: bool | None = None  # let all learning rates fall linearly to 0 over the run
+    gamma: float = 0.99  # discount
+    gae_lambda: float = 0.95  # lambda of the generalised advantage estimate
+    max_grad_norm: float = 10.0  # gradients of actor and critic are scaled down to this norm
+    huber_delta: float = 10.0  # value errors beyond this, in std of returns, count linearly
+    value_norm_beta: float = 0.99999  # memory of the running mean and std of returns, in which the critic predicts
+    hidden_size: int = 128  # width of the three hidden layers of actor and critic
+    output_gain: float = 0.01  # gain of the actor's output layer at the start
 
     # masks of the actor, one an agent
-    actor_threshold_scale: float = 5.0
-    """thresholds start as -(U[0, 1) * scale + bias); a weight is kept where |W| > sigmoid(threshold)"""
-    actor_threshold_bias: float = 4.0
-    """see actor_threshold_scale"""
-    actor_diversity_coef: float = 0.1
-    """beta: the diversity loss is scaled to this share of the mean absolute surrogate; 0 turns it off"""
-    actor_reset_interval: int = 1_000_000
-    """environment steps between two resets of actor weights that no mask keeps; 0 turns them off"""
-    actor_reset_ratio: float = 0.5
-    """probability that such a weight is reset"""
+    actor_threshold_scale: float = 5.0  # thresholds start as -(U[0, 1) * scale + bias); |W| > sigmoid(s) is kept
+    actor_threshold_bias: float = 4.0  # see actor_threshold_scale
+    actor_diversity_coef: float = 0.1  # beta: the diversity loss is scaled to this share of mean |surrogate|; 0: off
+    actor_reset_interval: int = 1_000_000  # environment steps between two resets of weights that no mask keeps; 0: off
+    actor_reset_ratio: float = 0.5  # probability that such a weight is reset
 
     # masks of the critic, one a member of the ensemble
-    num_critics: int = 1
-    """members of the critic ensemble (K); a single one has no mask"""
-    ensemble_value: Literal["mean", "min"] = "mean"
-    """which of the members' values advantages are computed from"""
-    critic_threshold_scale: float = 20.0
-    """as actor_threshold_scale"""
-    critic_threshold_bias: float = 0.0
-    """as actor_threshold_bias"""
-    critic_diversity_coef: float = 0.1
-    """beta: the diversity loss is scaled to this share of the critic loss; 0 turns it off"""
-    critic_reset_interval: int = 800_000
-    """environment steps between two resets of one critic's thresholds; 0 turns them off"""
+    num_critics: int = 1  # members of the critic ensemble (K); a single one has no mask
+    ensemble_value: Literal["mean", "min"] = "mean"  # which of the members' values advantages are computed from
+    critic_threshold_scale: float = 20.0  # as actor_threshold_scale
+    critic_threshold_bias: float = 0.0  # as actor_threshold_bias
+    critic_diversity_coef: float = 0.1  # beta: the diversity loss is scaled to this share of the critic loss; 0: off
+    critic_reset_interval: int = 800_000  # environment steps between two resets of one member's thresholds; 0: off
 
-    # both
-    threshold_lr: float = 0.05
-    """Adam's learning rate for thresholds, which have a long way to go in few updates"""
-    threshold_eps: float = 1e-12
-    """Adam's epsilon for thresholds, whose gradients are up to a million times smaller than those of weights"""
-    layer_weights: tuple[float, float, float, float] = (1.0, 2.0, 4.0, 8.0)
-    """lambda: weights of the four layers in the diversity loss"""
-    weighted_diversity: bool = True
-    """weigh differences of masks by |W|"""
-    history_length: int = 100
-    """updates whose losses are averaged for the adaptive coefficients"""
+    # masks of both
+    threshold_lr: float = 0.05  # Adam's learning rate for thresholds, which have a long way to go in few updates
+    threshold_eps: float = 1e-12  # Adam's epsilon for thresholds, whose gradients are up to a million times smaller
+    layer_weights: tuple[float, float, float, float] = (1.0, 2.0, 4.0, 8.0)  # lambda: layers in the diversity loss
+    weighted_diversity: bool = True  # weigh differences of masks by |W|
+    history_length: int = 100  # updates whose losses are averaged for the adaptive coefficients
 
 
 # what HARL tuned for MAPPO, taken for v5 tasks too; a flag that is set wins
@@ -128,17 +126,6 @@ UNMASKED = 1_000.0  # threshold bias that masks nothing: sigmoid(-1000) is 0
 
 
 # ---- Masked networks ----
-def resolve_precision(precision, device_type):
-    """What --precision auto means: bfloat16 where a CPU multiplies it natively, TF32 on a GPU, else float32."""
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if precision == "bfloat16" and device_type == "cpu" and not native:
-        experiment.say("warning: this CPU does not multiply bfloat16 natively: --precision bfloat16 is slow here")
-    if precision == "auto":
-        precision = "tf32" if device_type == "cuda" else "bfloat16" if native else "float32"
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    return precision
-
-
 class MaskedLinear(nn.Module):
     """One weight W (out, in) and bias (out,), shared by M masks with thresholds s (M, out, in).
 
@@ -263,21 +250,6 @@ class MaskedMLP(nn.Module):
             x = masked_linear(F.layer_norm(torch.relu_(x), x.shape[-1:], self.one, self.zero), *layer)
         return x
 
-    @torch.no_grad()
-    def sparsity(self):
-        """(4,): each layer's share of zeros among the effective weights of all masks."""
-        return torch.stack([1 - layer.masks().float().mean() for layer in self.layers])
-
-    @torch.no_grad()
-    def mask_difference(self):
-        """The share of weights that one mask keeps and another drops, averaged over pairs of masks."""
-        differing = pairs = 0
-        for layer in self.layers:
-            n, keep = len(layer.thresholds), layer.masks().sum(0)
-            differing += (2 * keep * (n - keep)).sum()
-            pairs += n * (n - 1) * keep.numel()
-        return differing / max(pairs, 1)
-
 
 class Actor(MaskedMLP):
     """Gaussian policies of N agents, one mask each, in half action ranges: the bounds low, high (N, act) are -1 and 1.
@@ -349,7 +321,7 @@ class ValueNorm(nn.Module):
 
     def update(self, returns):
         latest = torch.stack([returns.mean(), returns.square().mean(), torch.ones_like(self.averages[0])])
-        experiment.average([latest])
+        all_reduce_mean([latest])
         self.averages.lerp_(latest, 1 - self.beta)
 
     def mean_std(self):
@@ -419,7 +391,7 @@ class AdaptiveCoefficient(nn.Module):
 
     def forward(self, rl_loss, diversity):
         latest = torch.stack([rl_loss, diversity]).detach()
-        experiment.average([latest])
+        all_reduce_mean([latest])
         self.losses.index_copy_(1, self.slot, latest[:, None])
         self.slot.add_(1).remainder_(self.losses.shape[1])
         rl_sum, diversity_sum = self.losses.sum(1)
@@ -579,7 +551,7 @@ class Learner(nn.Module):
         advantages = estimate_advantages(rollout.reward, values, next_values, *ends, args.gamma, args.gae_lambda)
         returns = advantages + values
         critic.value_norm.update(returns)
-        mean, std = experiment.mean_std(advantages)
+        mean, std = processes.mean_std(advantages)
 
         obs = agent_observations(rollout.state.flatten(0, 1), self.num_agents, columns=self.columns)
         obs = obs.transpose(0, 1).contiguous()
@@ -601,7 +573,7 @@ class Learner(nn.Module):
         optimizer.zero_grad()
         loss.backward()
         gradients = [parameter.grad for parameter in network.parameters()]
-        experiment.average(gradients)
+        all_reduce_mean(gradients)
         clip_gradients(gradients, self.args.max_grad_norm, own)
         optimizer.step()
 
@@ -664,72 +636,137 @@ class Learner(nn.Module):
         return known | {name: torch.stack([log[name] for log in logs]).mean() for name in logs[0]}
 
 
+# ---- One launch an update ----
+class GraphedUpdate:
+    """Calls `update`, compiled if asked for, and on a GPU as a CUDA graph: recorded once, launched as a whole.
+
+    Launched one by one from Python, thousands of small kernels take longer than they run. A graph does again, on the
+    same memory, what was recorded: it freezes what is no tensor, such as learning rates and coefficients that are
+    numbers in Python, and which way an `if` went. `update` takes nothing, must not wait for the device, and returns a
+    dict of tensors: the same ones each time, with new values.
+    """
+
+    def __init__(self, update, device, cudagraph, compile):
+        if compile:
+            torch._inductor.config.fallback_random = True  # draws what it would draw if it were not compiled
+            update = torch.compile(update)
+        self.update, self.graph, self.logs, self.calls = update, None, None, 0
+        self.stream = torch.cuda.Stream(device) if cudagraph and device.type == "cuda" else None
+
+    def __call__(self):
+        if self.stream is None:
+            return self.update()
+        self.calls += 1
+        if self.calls <= 3:  # what is made once (Adam's moments, workspaces, compiled code) is made before recording
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):  # as in recording: gradients remember the stream they were made on
+                logs = self.update()
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return logs
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):  # changes nothing, and is followed by a launch
+                self.logs = self.update()
+        self.graph.replay()
+        return self.logs
+
+
+# ---- Environments and evaluation ----
+def make_env(args, seed, num_envs):
+    """`num_envs` environments side by side, for training or evaluation. Another environment comes in here alone."""
+    try:
+        return MaMuJoCoVecEnv(args.env_id, num_envs, seed, args.num_threads, args.episode_limit, args.agent_obsk)
+    except ValueError as error:  # it names the value and what was expected
+        fail(error)
+
+
+@torch.no_grad()
+def evaluate(actor, envs, seed, watch=None):
+    """Deterministic actions until every environment's first episode has ended: returns (E,), lengths (E,).
+
+    To wait for every first episode, and for no other, counts long and short ones alike. `watch` is called before each
+    step of environment 0's.
+    """
+    layers, device = actor.effective_layers(), actor.low.device
+    returns, lengths, finished = np.zeros(envs.num_envs), np.zeros(envs.num_envs), np.zeros(envs.num_envs, bool)
+    obs, _ = envs.reset(seed=seed + 1_000_000)  # other starts than training's, and the same every time
+    while not finished.all():
+        if watch is not None and not finished[0]:
+            watch()
+        actions = actor.act(torch.as_tensor(obs, device=device), layers)
+        obs, _, _, _, infos = envs.step(actions.cpu().numpy())
+        if "episode" in infos:
+            first = infos["_episode"] & ~finished
+            returns[first], lengths[first] = infos["episode"]["r"][first], infos["episode"]["l"][first]
+            finished |= first
+    return returns, lengths
+
+
 # ---- Command line ----
 def parse_args(argv=None):
-    """(args, checkpoint or None), checked, tuned values filled in. Bad ones end in one line and exit code 2."""
-    args, checkpoint = experiment.read_command_line(Args, argv)
+    """(args, None), with tuned values filled in; with --resume, (the run's args, its checkpoint).
+
+    Checked here is what would go wrong late or without a word: tyro, make_env and experiment/ refuse the rest.
+    """
+    args, checkpoint = tyro.cli(Args, args=argv), None
+    if args.resume is not None:
+        checkpoint = checkpoints.read_checkpoint(args.resume, Args)
+        args = checkpoints.check_resumed(tyro.cli(Args, args=argv, default=checkpoint["args"]), checkpoint)
+    if args.env_id is None and args.evaluate is None:
+        args.env_id = "Ant-v2-4x2"
     for name, tuned in zip(TUNED_FLAGS, TUNED.get(str(args.env_id).replace("-v5", "-v2"), UNTUNED), strict=True):
         if getattr(args, name) is None:
             setattr(args, name, tuned)
-    check_args(args)
-    args.precision = resolve_precision(args.precision, experiment.device_type(args))
+    for name in ("rollout_steps", "num_epochs", "num_minibatches", "num_critics", "history_length"):
+        require(getattr(args, name) >= 1, f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
+    rows, parts = args.rollout_steps * args.num_envs, args.num_minibatches
+    require(parts <= rows, f"--num-minibatches is {parts}, expected at most the {rows} steps of a rollout")
+    has_device = args.device != "cuda" or torch.cuda.is_available()
+    require(has_device, "--device is cuda, expected cpu or auto: PyTorch finds no CUDA device here")
+    args.precision = resolve_precision(args.precision, device_type(args.device))
     return args, checkpoint
 
 
-def check_args(args):
-    """Refuse what cannot work, before anything is made."""
-    experiment.check_common_args(args)
-    experiment.require_count(args, "rollout_steps num_epochs num_minibatches")
-    experiment.require_share(args, "gae_lambda")
-    experiment.require(args, "value_norm_beta", lambda x: 0 <= x < 1, "a number from 0 to less than 1")
-    experiment.require_size(args, "lr threshold_lr entropy_coef")
-    positive = "clip huber_delta max_grad_norm output_gain threshold_eps"
-    experiment.require(args, positive, lambda x: 0 < x <= 1e30, "a number above 0, up to 1e30")
-    rows = args.rollout_steps * args.num_envs
-    experiment.require(args, "num_minibatches", lambda x: x <= rows, f"at most the {rows} steps of a rollout")
-
-
-@experiment.one_line_without_memory
+# ---- Training ----
 def main():
     args, checkpoint = parse_args()
-    device, rank, num_processes = experiment.start(args)
+    device, rank, num_processes = processes.setup_processes(args.device)
     if args.evaluate is not None:
-        return experiment.evaluate_file(args, device, Actor)
+        return saved_models.evaluate_model(args, device, Actor, make_env, evaluate)
 
-    stop = experiment.StopSignals()
+    # set up
+    keep_freed_memory()
+    stop = StopSignals()
     torch.manual_seed(args.seed)  # the same weights in all processes
-    seed = experiment.seed_of_process(args.seed, rank)  # and other environments and draws
-    with experiment.refuse_what_does_not_fit():
-        settings = (seed, args.num_threads, args.episode_limit, args.agent_obsk)
-        envs = MaMuJoCoVecEnv(args.env_id, args.num_envs, *settings)
-        space = envs.single_action_space
-        learner = Learner(envs.state_size, space.low, space.high, args, device, envs.columns)
-        actor = learner.actor
-        rollout = Rollout(args.rollout_steps, args.num_envs, envs.state_size, space.shape, device)
-        evaluation = experiment.Evaluation(args) if args.eval_episodes and rank == 0 else None
-    update = OneLaunch(lambda: learner.update(rollout), device, args.cudagraph, args.compile)
+    seed = processes.seed_of_process(args.seed, rank)  # and other environments and draws
+    envs = make_env(args, seed, args.num_envs)
+    space, num_envs = envs.single_action_space, args.num_envs * num_processes
+    learner = Learner(envs.state_size, space.low, space.high, args, device, envs.columns)
+    actor, critic = learner.actor, learner.critic
+    rollout = Rollout(args.rollout_steps, args.num_envs, envs.state_size, space.shape, device)
+    eval_envs = make_env(args, args.seed, args.eval_episodes) if args.eval_episodes and rank == 0 else None
+    viewer = films.open_viewer(args, eval_envs)
 
+    graph = (device, args.cudagraph and num_processes == 1, args.compile)  # averaging in a graph is untried
+    update = GraphedUpdate(lambda: learner.update(rollout), *graph)
     if rank > 0:
         torch.manual_seed(seed)
-    num_threads, num_envs = torch.get_num_threads(), args.num_envs * num_processes
+    num_threads, rollout_size = torch.get_num_threads(), args.rollout_steps * num_envs
+    num_steps = -(-args.total_timesteps // rollout_size) * rollout_size
     global_step = num_updates = 0
-    training_seconds = 0.0  # without evaluation
-    logs, status = {}, {}
+    learnt_steps, seconds, status, stopping = 0, 0.0, {}, False  # the first two without evaluation
     obs, _ = envs.reset()
     if checkpoint is not None:
-        parts = (learner, envs, "global_step num_updates training_seconds")
-        obs, (global_step, num_updates, training_seconds), _ = experiment.restore(checkpoint, *parts)
+        obs, counters, _ = checkpoints.restore_checkpoint(checkpoint, learner, envs)
+        global_step, num_updates = counters.values()
     state = envs.state
-    run_folder, writer = experiment.open_run(args, global_step, rank)
+    run_folder, writer = open_run(args, global_step, rank)
     if rank == 0:
         flags = ", ".join(f"{name} {getattr(args, name)}" for name in ("sharing", *TUNED_FLAGS, "precision"))
-        print(f"{run_folder} on {num_processes} x {device}: {flags}; {experiment.observation_sizes(envs)}")
-    steps_per_rollout = args.rollout_steps * num_envs
-    num_steps = -(-args.total_timesteps // steps_per_rollout) * steps_per_rollout
-    bar = dict(unit="step", unit_scale=True, dynamic_ncols=True, disable=rank > 0)
-    progress = tqdm(total=num_steps, initial=global_step, **bar)
+        print(f"{run_folder} on {num_processes} x {device}: {flags}, observations of {obs.shape[-1]} numbers")
+    progress = tqdm(total=num_steps, initial=global_step, unit="step", unit_scale=True, disable=rank > 0)
 
-    while global_step < args.total_timesteps:
+    while global_step < args.total_timesteps and not stopping:
         previous_step, round_start = global_step, time.perf_counter()
 
         # act: the weights stay the same for a whole rollout, and so do the effective ones
@@ -744,7 +781,7 @@ def main():
             steps.append((state, actions.cpu().numpy(), reward, infos["final_state"], terminated, truncated))
             state = infos["state"]
             global_step += num_envs
-            experiment.log_episodes(writer, infos, global_step)
+            log_episodes(writer, infos, global_step)
         rollout.store(steps)
 
         # learn
@@ -755,48 +792,50 @@ def main():
         num_updates += args.num_epochs * args.num_minibatches
         if reset_due(args.actor_reset_interval, previous_step, global_step, args.total_timesteps):
             num_reset = reset_actor(actor, args.actor_reset_ratio)
-            experiment.broadcast(actor)
+            processes.broadcast_parameters(actor)
             writer.add_scalar("resets/actor_weights", num_reset.item(), global_step)
         critic_reset_due = reset_due(args.critic_reset_interval, previous_step, global_step, args.total_timesteps)
         if args.num_critics > 1 and critic_reset_due:
             member = member_to_reset(global_step, args)
-            reset_critic(learner.critic, member)
-            experiment.broadcast(learner.critic)
+            reset_critic(critic, member)
+            processes.broadcast_parameters(critic)
             writer.add_scalar("resets/critic_member", member, global_step)
 
         # log
-        finished = global_step >= args.total_timesteps
-        stopping = not finished and experiment.any_process(stop.received is not None, device)
-        log_due = reached(args.log_interval, previous_step, global_step)
-        eval_due = finished or reached(args.eval_interval, previous_step, global_step)
-        checkpoint_due = finished or stopping or reached(args.checkpoint_interval, previous_step, global_step)
-        if logs and log_due:
-            charts = dict(updates=num_updates, unstable_episodes=infos["unstable"])
-            experiment.log_learning(writer, learner, logs, charts, global_step)
-        experiment.stop_if_diverged(learner, logs, num_updates, writer)
-        training_seconds += time.perf_counter() - round_start
-        status["SPS"] = int(global_step / training_seconds)
-        if log_due:
-            writer.add_scalar("charts/SPS", status["SPS"], global_step)
+        stop_if_diverged(learner, logs, num_updates, writer)
+        seconds += time.perf_counter() - round_start
+        learnt_steps += global_step - previous_step
+        status["SPS"] = int(learnt_steps / seconds)
+        if reached(args.log_interval, previous_step, global_step):
+            charts = dict(updates=num_updates, unstable_episodes=infos["unstable"], SPS=status["SPS"])
+            log_training(writer, learner, logs, charts, global_step)
 
         # evaluate, save
-        if evaluation is not None and eval_due:
-            status["eval"] = evaluation.log(learner, writer, run_folder, global_step)
-        if rank == 0 and args.save_model and eval_due:
-            experiment.save_model(os.path.join(run_folder, "model.pt"), learner, global_step)
+        finished = global_step >= args.total_timesteps
+        stopping = not finished and processes.any_process(stop.received is not None, device)
+        eval_due = finished or reached(args.eval_interval, previous_step, global_step)
+        if eval_due and eval_envs is not None:
+            returns, lengths = evaluate(actor, eval_envs, args.seed, viewer)
+            log_evaluation(writer, returns, lengths, global_step)
+            log_masks(writer, "actor", actor, global_step)
+            log_masks(writer, "critic", critic, global_step)
+            status["eval"] = f"{returns.mean():.1f}+-{returns.std():.1f}"
+            if args.capture_video:
+                films.save_film(viewer, os.path.join(run_folder, f"evaluation_{global_step}.gif"), writer, global_step)
+        if eval_due and args.save_model and rank == 0:
+            saved_models.save_model(os.path.join(run_folder, "model.pt"), learner, global_step)
+        checkpoint_due = finished or stopping or reached(args.checkpoint_interval, previous_step, global_step)
         if args.checkpoint_interval and checkpoint_due:
-            counters = dict(global_step=global_step, num_updates=num_updates, training_seconds=training_seconds)
-            seconds = experiment.write_checkpoint(run_folder, learner, envs, obs, counters)
-            writer.add_scalar("charts/checkpoint_seconds", seconds, global_step)
+            counters = dict(global_step=global_step, num_updates=num_updates)
+            took = checkpoints.write_checkpoint(run_folder, learner, envs, obs, counters)
+            writer.add_scalar("charts/checkpoint_seconds", took, global_step)
         progress.set_postfix(status, refresh=False)
         progress.update(global_step - previous_step)
-        if stopping:
-            break
 
     progress.close()
     writer.close()
     envs.close()
-    experiment.end_processes()
+    processes.end_processes()
     if stopping:
         stop.exit()
 

@@ -23,91 +23,90 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 import torch.nn as nn
+import tyro
 from tqdm import tqdm
 
-import experiment
-from cuda_graphs import OneLaunch
+from experiment import checkpoints, films, processes, saved_models
+from experiment.command_line import fail, require
+from experiment.hardware import device_type, keep_freed_memory, resolve_precision
+from experiment.mask_pictures import log_masks
+from experiment.processes import all_reduce_mean
+from experiment.run_folder import log_episodes, log_evaluation, log_training, open_run
+from experiment.stopping import StopSignals, stop_if_diverged
 from mamujoco_env import MaMuJoCoVecEnv, agent_observations, standardise
 
 
 @dataclasses.dataclass
-class Args(experiment.RunArgs):
+class Args:
     """Train Kaleidoscope-MATD3 on a multi-agent MuJoCo task, or evaluate a saved model."""
 
-    exp_name: str = "kalei_matd3_mamujoco"
-    """name of this experiment, part of the run's folder"""
-    precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
-    """of the hidden layers' products; auto: bfloat16 where the CPU has it, TF32 on a GPU, else float32"""
-    checkpoint_buffer: bool = True
-    """keep the replay buffer in checkpoints; without, a resumed run fills a new one before it learns on"""
-    num_envs: int = 10
-    """environments stepped side by side (E)"""
+    # run
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]  # name of this experiment, part of the run's folder
+    seed: int = 1  # of the weights, the exploration, the minibatches and the environments
+    total_timesteps: int = 10_000_000  # environment steps of the run, over all environments
+    log_interval: int = 5_000  # environment steps between two entries of losses and masks in TensorBoard; 0: none
+    eval_interval: int = 100_000  # environment steps between two evaluations; 0: at the end only
+    eval_episodes: int = 40  # of an evaluation, one in each of as many environments; 0: no evaluation
+    save_model: bool = False  # write actor and critic to model.pt in the run's folder, at every evaluation
+    capture_video: bool = False  # film an episode of each evaluation: a GIF in the run's folder, or beside the model
+    render: bool = False  # show an episode of each evaluation in a window, unless it is filmed
+    track: bool = False  # log to Weights & Biases as well, which then must be installed
+    wandb_project_name: str = "kaleidoscope-mamujoco"  # Weights & Biases' project
+    wandb_entity: str | None = None  # Weights & Biases' user or team
+    checkpoint_interval: int = 0  # environment steps between two checkpoints, for --resume; 0: none
+    checkpoint_buffer: bool = True  # keep the replay buffer in checkpoints; else a resumed run fills a new one first
+    resume: str | None = None  # go on with the run in this folder, with its flags; --total-timesteps may move its end
+    evaluate: str | None = None  # do not train: evaluate the model in this file, on the task it was trained on
+
+    # environment
+    env_id: str | None = None  # a robot and its division into agents; by default Ant-v2-4x2, or the model's
+    agent_obsk: int | None = None  # agents see their joints and those so many steps away; by default the full state
+    episode_limit: int = 1_000  # steps after which an episode is cut; a cut is not a termination
+    num_envs: int = 10  # environments stepped side by side (E)
+
+    # speed
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # of networks and updates; auto takes the GPU if there is one
+    num_threads: int = 0  # for the physics, 0 for one per CPU; OMP_NUM_THREADS sets PyTorch's
+    precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"  # of the hidden products; auto: the device's
+    cudagraph: bool = True  # on a GPU, launch a whole update at once and not kernel by kernel
+    compile: bool = False  # let torch.compile fuse the updates' kernels, which takes minutes at the start
 
     # MATD3
-    sharing: Literal["kaleidoscope", "full", "none"] = "kaleidoscope"
-    """what the agents' policies share: weights under masks, one network without masks, or nothing"""
-    buffer_size: int = 1_000_000
-    """transitions that the replay buffer holds"""
-    batch_size: int = 1_000
-    """transitions in an update (B)"""
-    warmup_steps: int = 10_000
-    """environment steps of uniformly random actions before the first update"""
-    train_interval: int = 50
-    """steps of every environment between two rounds of updates"""
-    updates_per_round: int = 50
-    """critic updates in a round"""
-    policy_freq: int | None = None
-    """critic updates for one policy update; by default the value of TUNED for the env id"""
-    n_step: int | None = None
-    """rewards in an n-step return; by default the value of TUNED for the env id"""
-    gamma: float = 0.99
-    """discount"""
-    polyak: float = 0.005
-    """rate of the targets per policy update; a target actor that all agents share takes N steps of it, as released"""
-    actor_lr: float = 5e-4
-    """Adam's learning rate for the actor's weights and thresholds"""
-    critic_lr: float = 1e-3
-    """Adam's learning rate for the critic's weights and thresholds"""
-    exploration_noise: float = 0.1
-    """std of the noise on actions, in half action ranges"""
-    target_noise: float = 0.2
-    """std of the noise on target actions, in half action ranges"""
-    target_noise_clip: float = 0.5
-    """bound of the noise on target actions, in half action ranges"""
-    hidden_size: int = 256
-    """width of the two hidden layers of actor and critic"""
+    sharing: Literal["kaleidoscope", "full", "none"] = "kaleidoscope"  # agents share weights under masks, all, nothing
+    buffer_size: int = 1_000_000  # transitions that the replay buffer holds
+    batch_size: int = 1_000  # transitions in an update (B)
+    warmup_steps: int = 10_000  # environment steps of uniformly random actions before the first update
+    train_interval: int = 50  # steps of every environment between two rounds of updates
+    updates_per_round: int = 50  # critic updates in a round
+    policy_freq: int | None = None  # critic updates for one policy update; by default the value of TUNED for the env id
+    n_step: int | None = None  # rewards in an n-step return; by default the value of TUNED for the env id
+    gamma: float = 0.99  # discount
+    polyak: float = 0.005  # rate of the targets; a target actor that N agents share takes N steps of it, as released
+    actor_lr: float = 5e-4  # Adam's learning rate for the actor's weights and thresholds
+    critic_lr: float = 1e-3  # Adam's learning rate for the critic's weights and thresholds
+    exploration_noise: float = 0.1  # std of the noise on actions, in half action ranges
+    policy_noise: float = 0.2  # std of the noise on target actions, in half action ranges
+    noise_clip: float = 0.5  # bound of the noise on target actions, in half action ranges
+    hidden_size: int = 256  # width of the two hidden layers of actor and critic
 
     # masks of the actor, one an agent
-    actor_threshold_scale: float = 5.0
-    """thresholds start as -(U[0, 1) * scale + bias); a weight is kept where |W| > sigmoid(threshold)"""
-    actor_threshold_bias: float = 5.0
-    """see actor_threshold_scale"""
-    actor_diversity_coef: float = 0.1
-    """beta: the diversity loss is scaled to this share of the actor loss; 0 turns it off"""
-    actor_reset_interval: int = 1_000_000
-    """environment steps between two resets of actor weights that no mask keeps; 0 turns them off"""
-    actor_reset_ratio: float = 0.5
-    """probability that such a weight is reset"""
+    actor_threshold_scale: float = 5.0  # thresholds start as -(U[0, 1) * scale + bias); |W| > sigmoid(s) is kept
+    actor_threshold_bias: float = 5.0  # see actor_threshold_scale
+    actor_diversity_coef: float = 0.1  # beta: the diversity loss is scaled to this share of the actor loss; 0: off
+    actor_reset_interval: int = 1_000_000  # environment steps between two resets of weights that no mask keeps; 0: off
+    actor_reset_ratio: float = 0.5  # probability that such a weight is reset
 
     # masks of the critic, one a member of the ensemble
-    num_critics: int = 5
-    """members of the critic ensemble (K)"""
-    critic_threshold_scale: float = 20.0
-    """as actor_threshold_scale"""
-    critic_threshold_bias: float = 0.0
-    """as actor_threshold_bias"""
-    critic_diversity_coef: float = 0.1
-    """beta: the diversity loss is scaled to this share of the critic loss; 0 turns it off"""
-    critic_reset_interval: int = 800_000
-    """environment steps between two resets of one critic's thresholds; 0 turns them off"""
+    num_critics: int = 5  # members of the critic ensemble (K)
+    critic_threshold_scale: float = 20.0  # as actor_threshold_scale
+    critic_threshold_bias: float = 0.0  # as actor_threshold_bias
+    critic_diversity_coef: float = 0.1  # beta: the diversity loss is scaled to this share of the critic loss; 0: off
+    critic_reset_interval: int = 800_000  # environment steps between two resets of one member's thresholds; 0: off
 
-    # both
-    layer_weights: tuple[float, float, float] = (1.0, 2.0, 4.0)
-    """lambda: weights of the three layers in the diversity loss"""
-    weighted_diversity: bool = True
-    """weigh differences of masks by |W|"""
-    history_length: int = 100
-    """policy updates whose losses are averaged for the adaptive coefficients"""
+    # masks of both
+    layer_weights: tuple[float, float, float] = (1.0, 2.0, 4.0)  # lambda: of the layers, in the diversity loss
+    weighted_diversity: bool = True  # weigh differences of masks by |W|
+    history_length: int = 100  # policy updates whose losses are averaged for the adaptive coefficients
 
 
 # (n_step, policy_freq) as tuned by the authors, taken for v5 tasks too; a flag that is set wins
@@ -124,17 +123,6 @@ UNMASKED = 1_000.0  # threshold bias that masks nothing: sigmoid(-1000) is 0
 
 
 # ---- Masked networks ----
-def resolve_precision(precision, device_type):
-    """What --precision auto means: bfloat16 where a CPU multiplies it natively, TF32 on a GPU, else float32."""
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if precision == "bfloat16" and device_type == "cpu" and not native:
-        experiment.say("warning: this CPU does not multiply bfloat16 natively: --precision bfloat16 is slow here")
-    if precision == "auto":
-        precision = "tf32" if device_type == "cuda" else "bfloat16" if native else "float32"
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    return precision
-
-
 class MaskedLinear(nn.Module):
     """One weight W (out, in) and bias (out,), shared by M masks with thresholds s (M, out, in).
 
@@ -222,21 +210,6 @@ class MaskedMLP(nn.Module):
             x = masked_linear(torch.relu_(norm(x)), *layer)
         return x
 
-    @torch.no_grad()
-    def sparsity(self):
-        """(3,): each layer's share of zeros among the effective weights of all masks."""
-        return torch.stack([1 - layer.masks().float().mean() for layer in self.layers])
-
-    @torch.no_grad()
-    def mask_difference(self):
-        """The share of weights that one mask keeps and another drops, averaged over pairs of masks."""
-        differing = pairs = 0
-        for layer in self.layers:
-            n, keep = len(layer.thresholds), layer.masks().sum(0)
-            differing += (2 * keep * (n - keep)).sum()
-            pairs += n * (n - 1) * keep.numel()
-        return differing / max(pairs, 1)
-
 
 class Actor(MaskedMLP):
     """Deterministic policies of N agents, one mask each: tanh scaled to the action bounds low, high (N, act)."""
@@ -321,7 +294,7 @@ class AdaptiveCoefficient(nn.Module):
 
     def forward(self, rl_loss, diversity):
         latest = torch.stack([rl_loss, diversity]).detach()
-        experiment.average([latest])
+        all_reduce_mean([latest])
         self.losses.index_copy_(1, self.slot, latest[:, None])
         self.slot.add_(1).remainder_(self.losses.shape[1])
         rl_sum, diversity_sum = self.losses.sum(1)
@@ -381,13 +354,6 @@ class Batch(NamedTuple):
 class Replay:
     """A ring of `rows` steps of E environments, on the device. It holds states only: they imply the observations."""
 
-    ARRAYS = ("state", "actions", "reward", "terminated", "ended")  # and next_state
-
-    @staticmethod
-    def following(filled, rows):
-        """Of each of the first `filled` rows the row after it."""
-        return (torch.arange(filled) + 1) % rows
-
     def __init__(self, rows, num_envs, state_size, action_shape, n_step, gamma, device, columns=None):
         shape = (rows, num_envs)
         # zeros, since an n-step return looks ahead into rows that are not filled yet, and NaN times 0 is NaN
@@ -423,25 +389,6 @@ class Replay:
         self.next_row = (self.next_row + len(steps)) % self.rows
         self.newest.fill_((self.next_row - 1) % self.rows)
         self.filled.add_(len(steps)).clamp_(max=self.rows)
-
-    def state_dict(self):
-        """What is stored and where, compactly: next states only where the following row does not hold them."""
-        filled = int(self.filled)
-        saved = {name: getattr(self, name)[:filled].clone() for name in self.ARRAYS}
-        known = (self.next_state[:filled] == self.state[self.following(filled, self.rows)]).all(-1)
-        saved |= {"known": known, "next_state": self.next_state[:filled][~known]}
-        return saved | {"newest": int(self.newest), "rows": self.rows}
-
-    def load_state_dict(self, saved):
-        """Store what state_dict returned, in the same rows of a ring that has at least as many as are filled."""
-        filled, known = len(saved["state"]), saved["known"]
-        for name in self.ARRAYS:
-            getattr(self, name)[:filled] = saved[name]
-        self.next_state[:filled] = self.state[self.following(filled, saved["rows"])]
-        self.next_state[:filled][known.logical_not()] = saved["next_state"].to(self.state.device)
-        self.next_row = (saved["newest"] + 1) % self.rows
-        self.newest.fill_(saved["newest"])
-        self.filled.fill_(filled)
 
     def n_step_return(self, row, env):
         """From rows and environments (B,): reward (B,), discount (B,), and the row (B,) of the last step reached.
@@ -503,8 +450,8 @@ class Learner(nn.Module):
         args = self.args
         with torch.no_grad():
             actor = self.target_actor
-            noise = torch.randn_like(batch.actions).mul_(args.target_noise)
-            noise = noise.clamp_(-args.target_noise_clip, args.target_noise_clip) * actor.scale
+            noise = torch.randn_like(batch.actions).mul_(args.policy_noise)
+            noise = noise.clamp_(-args.noise_clip, args.noise_clip) * actor.scale
             next_actions = actor.act(batch.next_obs, actor.effective_layers()) + noise
             next_actions = torch.clamp(next_actions, actor.low, actor.high)
             next_input = torch.cat([batch.next_state, next_actions.flatten(-2)], -1)
@@ -520,7 +467,7 @@ class Learner(nn.Module):
         total = loss + coefficient * diversity
         self.critic_optimizer.zero_grad()
         total.backward()
-        experiment.average([parameter.grad for parameter in self.critic.parameters()])
+        all_reduce_mean([parameter.grad for parameter in self.critic.parameters()])
         self.critic_optimizer.step()
         return {
             "losses/critic": loss.detach(),
@@ -558,7 +505,7 @@ class Learner(nn.Module):
             total.backward(inputs=self.actor_parameters)  # leaves the critic's gradients alone
             # gradients towards networks of their own do not meet: one step at the end is one for each agent
             if args.sharing != "none" or agent == self.num_agents - 1:
-                experiment.average([parameter.grad for parameter in self.actor_parameters])
+                all_reduce_mean([parameter.grad for parameter in self.actor_parameters])
                 self.actor_optimizer.step()
                 self.actor_optimizer.zero_grad()
             logs.append(torch.stack([loss.detach(), diversity.detach(), coefficient]))
@@ -588,89 +535,145 @@ class Learner(nn.Module):
         return logs
 
 
+# ---- One launch an update ----
+class GraphedUpdate:
+    """Calls `update`, compiled if asked for, and on a GPU as a CUDA graph: recorded once, launched as a whole.
+
+    Launched one by one from Python, thousands of small kernels take longer than they run. A graph does again, on the
+    same memory, what was recorded: it freezes what is no tensor, such as learning rates and coefficients that are
+    numbers in Python, and which way an `if` went. `update` takes nothing, must not wait for the device, and returns a
+    dict of tensors: the same ones each time, with new values.
+    """
+
+    def __init__(self, update, device, cudagraph, compile):
+        if compile:
+            torch._inductor.config.fallback_random = True  # draws what it would draw if it were not compiled
+            update = torch.compile(update)
+        self.update, self.graph, self.logs, self.calls = update, None, None, 0
+        self.stream = torch.cuda.Stream(device) if cudagraph and device.type == "cuda" else None
+
+    def __call__(self):
+        if self.stream is None:
+            return self.update()
+        self.calls += 1
+        if self.calls <= 3:  # what is made once (Adam's moments, workspaces, compiled code) is made before recording
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):  # as in recording: gradients remember the stream they were made on
+                logs = self.update()
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return logs
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):  # changes nothing, and is followed by a launch
+                self.logs = self.update()
+        self.graph.replay()
+        return self.logs
+
+
+# ---- Environments and evaluation ----
+def make_env(args, seed, num_envs):
+    """`num_envs` environments side by side, for training or evaluation. Another environment comes in here alone."""
+    try:
+        return MaMuJoCoVecEnv(args.env_id, num_envs, seed, args.num_threads, args.episode_limit, args.agent_obsk)
+    except ValueError as error:  # it names the value and what was expected
+        fail(error)
+
+
+@torch.no_grad()
+def evaluate(actor, envs, seed, watch=None):
+    """Deterministic actions until every environment's first episode has ended: returns (E,), lengths (E,).
+
+    To wait for every first episode, and for no other, counts long and short ones alike. `watch` is called before each
+    step of environment 0's.
+    """
+    layers, device = actor.effective_layers(), actor.low.device
+    returns, lengths, finished = np.zeros(envs.num_envs), np.zeros(envs.num_envs), np.zeros(envs.num_envs, bool)
+    obs, _ = envs.reset(seed=seed + 1_000_000)  # other starts than training's, and the same every time
+    while not finished.all():
+        if watch is not None and not finished[0]:
+            watch()
+        actions = actor.act(torch.as_tensor(obs, device=device), layers)
+        obs, _, _, _, infos = envs.step(actions.cpu().numpy())
+        if "episode" in infos:
+            first = infos["_episode"] & ~finished
+            returns[first], lengths[first] = infos["episode"]["r"][first], infos["episode"]["l"][first]
+            finished |= first
+    return returns, lengths
+
+
 # ---- Command line ----
 def parse_args(argv=None):
-    """(args, checkpoint or None), checked, tuned values filled in. Bad ones end in one line and exit code 2."""
-    args, checkpoint = experiment.read_command_line(Args, argv)
+    """(args, None), with tuned values filled in; with --resume, (the run's args, its checkpoint).
+
+    Checked here is what would go wrong late or without a word: tyro, make_env and experiment/ refuse the rest.
+    """
+    args, checkpoint = tyro.cli(Args, args=argv), None
+    if args.resume is not None:
+        checkpoint = checkpoints.read_checkpoint(args.resume, Args)
+        args = checkpoints.check_resumed(tyro.cli(Args, args=argv, default=checkpoint["args"]), checkpoint)
+    if args.env_id is None and args.evaluate is None:
+        args.env_id = "Ant-v2-4x2"
     tuned_values = TUNED.get(str(args.env_id).replace("-v5", "-v2"), UNTUNED)
     for name, tuned in zip(("n_step", "policy_freq"), tuned_values, strict=True):
         if getattr(args, name) is None:
             setattr(args, name, tuned)
-    check_args(args)
-    args.precision = resolve_precision(args.precision, experiment.device_type(args))
+    for name in ("batch_size", "train_interval", "policy_freq", "n_step", "num_critics", "history_length"):
+        require(getattr(args, name) >= 1, f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
+    steps, warmup, stored = args.total_timesteps, args.warmup_steps, min(args.warmup_steps, args.buffer_size)
+    require(steps > warmup, f"--total-timesteps is {steps}, expected more than --warmup-steps {warmup}")
+    expected = f"at most the {stored} transitions that the warm-up stores"
+    require(args.batch_size <= stored, f"--batch-size is {args.batch_size}, expected {expected}")
+    has_device = args.device != "cuda" or torch.cuda.is_available()
+    require(has_device, "--device is cuda, expected cpu or auto: PyTorch finds no CUDA device here")
+    args.precision = resolve_precision(args.precision, device_type(args.device))
     return args, checkpoint
 
 
-def check_args(args):
-    """Refuse what cannot work, before anything is made."""
-    experiment.check_common_args(args)
-    experiment.require_count(args, "buffer_size batch_size train_interval updates_per_round policy_freq n_step")
-    experiment.require_share(args, "polyak")
-    experiment.require_size(args, "exploration_noise target_noise target_noise_clip actor_lr critic_lr")
-    experiment.require(args, "buffer_size", lambda x: x >= args.num_envs, f"at least --num-envs {args.num_envs}")
-    warmup = args.warmup_steps
-    experiment.require(args, "total_timesteps", lambda x: x > warmup, f"more than --warmup-steps {warmup}")
-    available = min(warmup, args.buffer_size)
-    expected = f"at most the {available} transitions that the buffer holds after the warm-up"
-    experiment.require(args, "batch_size", lambda x: x <= available, expected)
-
-
-@experiment.one_line_without_memory
+# ---- Training ----
 def main():
     args, checkpoint = parse_args()
-    device, rank, num_processes = experiment.start(args)
+    device, rank, num_processes = processes.setup_processes(args.device)
     if args.evaluate is not None:
-        return experiment.evaluate_file(args, device, Actor)
+        return saved_models.evaluate_model(args, device, Actor, make_env, evaluate)
 
-    expected = f"a multiple of the {num_processes} processes"
-    experiment.require(args, "batch_size", lambda x: x % num_processes == 0, expected)
-
-    stop = experiment.StopSignals()
+    # set up
+    keep_freed_memory()
+    stop = StopSignals()
     torch.manual_seed(args.seed)  # the same weights in all processes
-    seed = experiment.seed_of_process(args.seed, rank)  # and other environments and draws
-    with experiment.refuse_what_does_not_fit():
-        settings = (seed, args.num_threads, args.episode_limit, args.agent_obsk)
-        envs = MaMuJoCoVecEnv(args.env_id, args.num_envs, *settings)
-        space = envs.single_action_space
-        learner = Learner(envs.state_size, space.low, space.high, args, device, envs.columns)
-        actor = learner.actor
-        num_envs = args.num_envs * num_processes
-        buffer_rows = -(-min(args.buffer_size, args.total_timesteps) // num_envs)
-        sizes = (buffer_rows, args.num_envs, envs.state_size, space.shape)
-        replay = Replay(*sizes, args.n_step, args.gamma, device, envs.columns)
-        evaluation = experiment.Evaluation(args) if args.eval_episodes and rank == 0 else None
+    seed = processes.seed_of_process(args.seed, rank)  # and other environments and draws
+    envs = make_env(args, seed, args.num_envs)
+    space, num_envs = envs.single_action_space, args.num_envs * num_processes
+    learner = Learner(envs.state_size, space.low, space.high, args, device, envs.columns)
+    actor, critic = learner.actor, learner.critic
+    buffer_rows = -(-min(args.buffer_size, args.total_timesteps) // num_envs)
+    sizes = (buffer_rows, args.num_envs, envs.state_size, space.shape)
+    replay = Replay(*sizes, args.n_step, args.gamma, device, envs.columns)
+    eval_envs = make_env(args, args.seed, args.eval_episodes) if args.eval_episodes and rank == 0 else None
+    viewer = films.open_viewer(args, eval_envs)
 
     def update(with_policy):
-        return learner.update(replay.sample(args.batch_size // num_processes), with_policy)
+        return learner.update(replay.sample(-(-args.batch_size // num_processes)), with_policy)
 
-    launch = (device, args.cudagraph, args.compile)
-    updates = [OneLaunch(functools.partial(update, with_policy), *launch) for with_policy in (False, True)]
-
+    graph = (device, args.cudagraph and num_processes == 1, args.compile)  # averaging in a graph is untried
+    updates = [GraphedUpdate(functools.partial(update, with_policy), *graph) for with_policy in (False, True)]
     if rank > 0:
         torch.manual_seed(seed)
-    global_step = num_updates = trained_steps = 0
-    training_seconds = 0.0  # without warm-up and evaluation
-    learning_starts = args.warmup_steps
-    logs, status = {}, {}
+    global_step, num_updates, learning_starts, logs = 0, 0, args.warmup_steps, {}
+    learnt_steps, seconds, status, stopping = 0, 0.0, {}, False  # the first two without warm-up and evaluation
     obs, _ = envs.reset()
     if checkpoint is not None:
-        names = "global_step num_updates trained_steps training_seconds learning_starts"
-        obs, counters, logs = experiment.restore(checkpoint, learner, envs, names, replay)
-        global_step, num_updates, trained_steps, training_seconds, learning_starts = counters
-        if checkpoint["replay"] is None:
+        obs, counters, logs = checkpoints.restore_checkpoint(checkpoint, learner, envs, replay)
+        global_step, num_updates, learning_starts = counters.values()
+        if checkpoint.pop("replay") is None:  # and frees this copy of it
             learning_starts = global_step + args.warmup_steps
-            print(f"no replay buffer in the checkpoint: {args.warmup_steps} steps without learning fill a new one")
-        checkpoint = None  # frees its copy of the buffer
     state = envs.state
-    run_folder, writer = experiment.open_run(args, global_step, rank)
+    run_folder, writer = open_run(args, global_step, rank)
     if rank == 0:
-        names = ("sharing", "n_step", "policy_freq", "precision")
-        flags = ", ".join(f"{name} {getattr(args, name)}" for name in names)
-        print(f"{run_folder} on {num_processes} x {device}: {flags}; {experiment.observation_sizes(envs)}")
-    bar = dict(unit="step", unit_scale=True, dynamic_ncols=True, disable=rank > 0)
-    progress = tqdm(total=args.total_timesteps, initial=global_step, **bar)
+        flags = f"sharing {args.sharing}, n_step {args.n_step}, policy_freq {args.policy_freq}, {args.precision}"
+        print(f"{run_folder} on {num_processes} x {device}: {flags}, observations of {obs.shape[-1]} numbers")
+    progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", unit_scale=True, disable=rank > 0)
 
-    while global_step < args.total_timesteps:
+    while global_step < args.total_timesteps and not stopping:
         previous_step, round_start = global_step, time.perf_counter()
 
         # act: the weights stay the same for a whole round, and so do the effective ones
@@ -691,7 +694,7 @@ def main():
             steps.append((state, actions, reward, infos["final_state"], terminated, truncated))
             state = infos["state"]
             global_step += num_envs
-            experiment.log_episodes(writer, infos, global_step)
+            log_episodes(writer, infos, global_step)
         replay.add(steps)
 
         # learn: what is reset learns before it acts
@@ -699,55 +702,54 @@ def main():
         if learning:
             if reset_due(args.actor_reset_interval, previous_step, global_step, args.total_timesteps):
                 num_reset = reset_actor(actor, args.actor_reset_ratio)
-                experiment.broadcast(actor)
+                processes.broadcast_parameters(actor)
                 writer.add_scalar("resets/actor_weights", num_reset.item(), global_step)
             if reset_due(args.critic_reset_interval, previous_step, global_step, args.total_timesteps):
                 member = member_to_reset(global_step, args)
-                reset_critic(learner.critic, member)
-                experiment.broadcast(learner.critic)
+                reset_critic(critic, member)
+                processes.broadcast_parameters(critic)
                 writer.add_scalar("resets/critic_member", member, global_step)
             for _ in range(args.updates_per_round):
                 num_updates += 1
                 logs |= updates[num_updates % args.policy_freq == 0]()
 
         # log
-        finished = global_step >= args.total_timesteps
-        stopping = not finished and experiment.any_process(stop.received is not None, device)
-        log_due = reached(args.log_interval, previous_step, global_step)
-        eval_due = finished or reached(args.eval_interval, previous_step, global_step)
-        checkpoint_due = finished or stopping or reached(args.checkpoint_interval, previous_step, global_step)
-        if logs and log_due:
-            charts = dict(updates=num_updates, unstable_episodes=infos["unstable"])
-            experiment.log_learning(writer, learner, logs, charts, global_step)
         if learning:
-            experiment.stop_if_diverged(learner, logs, num_updates, writer)
-            training_seconds += time.perf_counter() - round_start
-            trained_steps += global_step - previous_step
-            status["SPS"] = int(trained_steps / training_seconds)
-            if log_due:
-                writer.add_scalar("charts/SPS", status["SPS"], global_step)
+            stop_if_diverged(learner, logs, num_updates, writer)
+            seconds += time.perf_counter() - round_start
+            learnt_steps += global_step - previous_step
+            status["SPS"] = int(learnt_steps / seconds)
+            if reached(args.log_interval, previous_step, global_step):
+                charts = dict(updates=num_updates, unstable_episodes=infos["unstable"], SPS=status["SPS"])
+                log_training(writer, learner, logs, charts, global_step)
 
         # evaluate, save
-        if evaluation is not None and eval_due:
-            status["eval"] = evaluation.log(learner, writer, run_folder, global_step)
-        if rank == 0 and args.save_model and eval_due:
-            experiment.save_model(os.path.join(run_folder, "model.pt"), learner, global_step)
+        finished = global_step >= args.total_timesteps
+        stopping = not finished and processes.any_process(stop.received is not None, device)
+        eval_due = finished or reached(args.eval_interval, previous_step, global_step)
+        if eval_due and eval_envs is not None:
+            returns, lengths = evaluate(actor, eval_envs, args.seed, viewer)
+            log_evaluation(writer, returns, lengths, global_step)
+            log_masks(writer, "actor", actor, global_step)
+            log_masks(writer, "critic", critic, global_step)
+            status["eval"] = f"{returns.mean():.1f}+-{returns.std():.1f}"
+            if args.capture_video:
+                films.save_film(viewer, os.path.join(run_folder, f"evaluation_{global_step}.gif"), writer, global_step)
+        if eval_due and args.save_model and rank == 0:
+            saved_models.save_model(os.path.join(run_folder, "model.pt"), learner, global_step)
+        checkpoint_due = finished or stopping or reached(args.checkpoint_interval, previous_step, global_step)
         if args.checkpoint_interval and checkpoint_due:
-            counters = dict(global_step=global_step, num_updates=num_updates, trained_steps=trained_steps)
-            counters |= dict(training_seconds=training_seconds, learning_starts=learning_starts)
-            kept = replay if args.checkpoint_buffer else None
-            parts = (learner, envs, obs, counters, logs, kept)
-            seconds = experiment.write_checkpoint(run_folder, *parts)
-            writer.add_scalar("charts/checkpoint_seconds", seconds, global_step)
+            counters = dict(global_step=global_step, num_updates=num_updates, learning_starts=learning_starts)
+            parts = (learner, envs, obs, counters, logs, replay if args.checkpoint_buffer else None)
+            took = checkpoints.write_checkpoint(run_folder, *parts)
+            writer.add_scalar("charts/checkpoint_seconds", took, global_step)
         progress.set_postfix(status, refresh=False)
         progress.update(global_step - previous_step)
-        if stopping:
-            break
 
     progress.close()
     writer.close()
     envs.close()
-    experiment.end_processes()
+    processes.end_processes()
     if stopping:
         stop.exit()
 

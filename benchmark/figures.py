@@ -32,6 +32,7 @@ from typing import NamedTuple
 
 import matplotlib
 import numpy as np
+import tyro
 from scipy import stats
 
 matplotlib.use("Agg")
@@ -40,7 +41,7 @@ import matplotlib.pyplot as plt  # noqa: E402, the backend comes first
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmark.grid import RUN_NAME, read_events  # noqa: E402
-from experiment import fail, read_flags, require  # noqa: E402
+from experiment.command_line import fail, require  # noqa: E402
 
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # told apart by the colour-blind, too
 LINES = ["-", "--", ":", "-."]  # where the colours do not suffice
@@ -330,16 +331,16 @@ def draw_iqm(path, rows, styles, options):
 
 
 def check(options):
-    require(options, "out", lambda x: x is not None, "a name for the files that are written")
-    require(options, "variant", lambda x: len(x) > 0, "a hyperparameter at least")
-    require(options, "confidence", lambda x: 0 < x < 1, "a number between 0 and 1")
-    require(options, "resamples", lambda x: x >= 1, "at least 1")
-    for name in ("every", "last"):
-        require(options, name, lambda x: x >= 0, "at least 0")
+    require(options.out is not None, "--out is not given, expected a name for the files that are written")
+    require(len(options.variant) > 0, "--variant is empty, expected a hyperparameter at least")
+    require(0 < options.confidence < 1, f"--confidence is {options.confidence}, expected a number between 0 and 1")
+    for name, least in (("resamples", 1), ("every", 0), ("last", 0)):
+        value = getattr(options, name)
+        require(value >= least, f"--{name} is {value}, expected at least {least}")
 
 
 def main():
-    options = read_flags(Options, None, Options())
+    options = tyro.cli(Options)
     check(options)
     runs = read_runs(options)
     tasks, variants = (list(dict.fromkeys(names)) for names in zip(*((r.task, r.variant) for r in runs), strict=True))

@@ -28,16 +28,18 @@ import sys
 import time
 from pathlib import Path
 
+import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from experiment import RESUME_MAY_CHANGE, fail, read_flags, require  # noqa: E402
+from experiment.checkpoints import MAY_CHANGE  # noqa: E402
+from experiment.command_line import fail, require  # noqa: E402
 
 RUN_NAME = re.compile(r"(?P<env_id>.+?)__(?P<exp_name>.+)__(?P<seed>\d+)__(?P<time>\d+)")
 LOGS = Path("runs", "grid_logs")
-MAY_DIFFER = ("exp_name", "precision", *RESUME_MAY_CHANGE.split())  # --precision auto depends on the machine
+MAY_DIFFER = {"exp_name", "precision", *MAY_CHANGE}  # --precision auto depends on the machine
 logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of every resumed run
 
 SLURM = """\
@@ -116,13 +118,14 @@ def read_events(folder):
 
 def make_jobs(options, common_flags):
     """All jobs of the grid, their flags checked by the script itself; with --only, that one alone."""
-    require(options, "workers", lambda x: x >= 1, "at least 1")
-    require(options, "checkpoint_interval", lambda x: x >= 0, "at least 0")
+    interval, script = options.checkpoint_interval, options.script.resolve()
+    require(options.workers >= 1, f"--workers is {options.workers}, expected at least 1")
+    require(interval >= 0, f"--checkpoint-interval is {interval}, expected at least 0")
     for name in ("env_ids", "variants", "seeds"):
-        require(options, name, lambda x: 0 < len(x) == len(set(x)), "one or more, none of them twice")
-    script = options.script.resolve()
-    if not script.is_file():
-        fail(f"--script is {options.script}, expected a file")
+        values = getattr(options, name)
+        expected = "one or more, none of them twice"
+        require(0 < len(values) == len(set(values)), f"--{name.replace('_', '-')} is {values}, expected {expected}")
+    require(script.is_file(), f"--script is {options.script}, expected a file")
     variants = {}
     for variant in options.variants:
         name, equals, flags = variant.partition("=")
@@ -134,7 +137,8 @@ def make_jobs(options, common_flags):
             fail(f"--variants: {variant!r}: {error}")
     cells = [(e, name, s) for e in options.env_ids for name in variants for s in options.seeds]
     if options.only is not None:
-        require(options, "only", lambda x: 0 <= x < len(cells), f"a number from 0 to {len(cells) - 1}")
+        among = 0 <= options.only < len(cells)
+        require(among, f"--only is {options.only}, expected a number from 0 to {len(cells) - 1}")
         cells = [cells[options.only]]
 
     sys.path.insert(0, str(script.parent))
@@ -207,7 +211,7 @@ def claim(job):
 
 def print_array_job(options, argv, num_jobs):
     """The file for sbatch. In it, this command with --only."""
-    require(options, "only", lambda x: x is None, "nothing beside --slurm")
+    require(options.only is None, f"--only is {options.only}, expected nothing beside --slurm")
     end = argv.index("--") if "--" in argv else len(argv)
     again = [flag for flag in argv[:end] if flag != "--slurm"] + argv[end:]
     command = f'{shlex.join([sys.executable, str(Path(__file__).resolve())])} --only "$SLURM_ARRAY_TASK_ID"'
@@ -280,7 +284,7 @@ def last_line(path):
 def main():
     argv = sys.argv[1:]
     end = argv.index("--") if "--" in argv else len(argv)
-    options = read_flags(Options, argv[:end], Options())
+    options = tyro.cli(Options, args=argv[:end])
     jobs = make_jobs(options, argv[end + 1 :])
     if options.slurm:
         print_array_job(options, argv, len(jobs))

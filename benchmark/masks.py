@@ -2,9 +2,9 @@
 
     python benchmark/masks.py runs/RUN/model.pt --out masks
 
-Writes masks_actor.png and masks_critic.png (see mask_pictures.py), and prints a line a layer, in percent: masked
-weights, the mean over masks; weights that only one of two masks keeps, the mean over pairs; weights that no mask and
-that all masks keep. Of a network without masks, such as a single critic of MAPPO, there is no picture.
+Writes masks_actor.png and masks_critic.png (see experiment/mask_pictures.py), and prints a line a layer, in percent:
+masked weights, the mean over masks; weights that only one of two masks keeps, the mean over pairs; weights that no mask
+and that all masks keep. Of a network without masks, such as a single critic of MAPPO, there is no picture.
 """
 
 import dataclasses
@@ -16,16 +16,17 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import experiment  # noqa: E402
+from experiment.checkpoints import read, refuse_damage  # noqa: E402
+from experiment.command_line import fail, require  # noqa: E402
+from experiment.mask_pictures import difference_matrix, draw, kept_by, masks_act  # noqa: E402
 from kalei_matd3_mamujoco import MaskedLinear  # noqa: E402
-from mask_pictures import difference_matrix, draw, kept_by, masks_act  # noqa: E402
 
 
 @dataclasses.dataclass
 class Options:
     """Show what the masks of a saved model share."""
 
-    model: tyro.conf.Positional[Path] = tyro.MISSING
+    model: tyro.conf.Positional[Path]
     """a file that --save-model wrote"""
     out: Path = Path("masks")
     """the pictures are OUT_actor.png and OUT_critic.png"""
@@ -50,14 +51,9 @@ def masked_layers(state):
 
 def read_networks(path):
     """{"actor": network, "critic": network} of a file that save_model wrote, each with its `layers` only."""
-    try:
-        model = experiment.read(path, "cpu")
+    with refuse_damage(path, "a model that --save-model wrote"):
+        model = read(path)
         return {name: SimpleNamespace(layers=masked_layers(model[name])) for name in ("actor", "critic")}
-    except OSError as error:
-        experiment.fail(f"{path}: {error.strerror or error}, expected a file that --save-model wrote")
-    except Exception as error:  # what a damaged or foreign file raises depends on where it breaks
-        reason = str(error).split("\n")[0]
-        experiment.fail(f"{path}: not a model that --save-model wrote ({type(error).__name__}: {reason})")
 
 
 def table_rows(name, network):
@@ -71,12 +67,12 @@ def table_rows(name, network):
 
 
 def main():
-    options = experiment.read_flags(Options, None, default=Options())
-    experiment.require(options, "scale", lambda x: 1 <= x <= 10, "an integer from 1 to 10")
+    options = tyro.cli(Options)
+    require(1 <= options.scale <= 10, f"--scale is {options.scale}, expected an integer from 1 to 10")
     networks = read_networks(options.model)
     masked = {name: network for name, network in networks.items() if masks_act(network)}
     if not masked:
-        experiment.fail(f"{options.model}: a model without masks, expected one trained with --sharing kaleidoscope")
+        fail(f"{options.model}: a model without masks, expected one trained with --sharing kaleidoscope")
     table = [["network", "layer", "masks", "out x in", "masked", "difference", "kept by none", "kept by all"]]
     for name, network in masked.items():
         table += table_rows(name, network)
@@ -92,7 +88,7 @@ def main():
             figure = draw(network, name)
             figure.savefig(path, dpi=options.scale * figure.dpi)
         except OSError as error:
-            experiment.fail(f"--out: {path}: {error.strerror or error}, expected a place to write to")
+            fail(f"--out: {path}: {error.strerror or error}, expected a place to write to")
         print(path)
 
 

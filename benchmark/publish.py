@@ -11,13 +11,14 @@ import shutil
 import sys
 from pathlib import Path
 
+import tyro
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from experiment import fail, read_flags, require  # noqa: E402
+from experiment.command_line import fail, require  # noqa: E402
 
 LARGE = ("image", "histo", "audio")
 
@@ -46,9 +47,9 @@ def copy_scalars(source, target):
 
 
 def main():
-    options = read_flags(Options, None, default=Options())
-    require(options, "runs", lambda x: len(x) > 0, "folders of runs")
-    require(options, "out", lambda x: x is not None, "a folder")
+    options = tyro.cli(Options)
+    require(len(options.runs) > 0, "--runs is empty, expected folders of runs")
+    require(options.out is not None, "--out is not given, expected a folder")
     copies = {}  # {target: event files}; all is looked at before anything is written
     for run in options.runs:
         target, sources = options.out / run.resolve().name, sorted(run.glob("events.out.tfevents.*"))

@@ -30,7 +30,7 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from experiment import read_checkpoint  # noqa: E402
+from experiment.checkpoints import read_checkpoint  # noqa: E402
 
 SMALL = "--env-id HalfCheetah-v2-2x3 --device cpu --total-timesteps 1000000000 --hidden-size 64 --num-critics 3"
 SMALL += " --checkpoint-interval 1000 --log-interval 1000 --eval-interval 20000 --eval-episodes 2 --num-threads 1"

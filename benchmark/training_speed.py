@@ -30,8 +30,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import kalei_mappo_mamujoco as mappo  # noqa: E402
 import kalei_matd3_mamujoco as matd3  # noqa: E402
-from cuda_graphs import OneLaunch  # noqa: E402
-from mamujoco_env import MaMuJoCoVecEnv  # noqa: E402
 
 PARTS = ("acting", "physics", "copying", "updates")
 
@@ -63,17 +61,15 @@ class Run:
         self.args, _ = script.parse_args(["--env-id", options.env_id, "--sharing", sharing, *flags])
         args, self.threads = self.args, options.threads
         self.device = torch.device("cuda" if on_gpu(options) else "cpu")
-        self.envs = MaMuJoCoVecEnv(
-            args.env_id, args.num_envs, args.seed, options.threads, args.episode_limit, args.agent_obsk
-        )
+        args.num_threads = options.threads
+        self.envs = script.make_env(args, args.seed, args.num_envs)
         self.space = self.envs.single_action_space
         self.learner = script.Learner(
             self.envs.state_size, self.space.low, self.space.high, args, self.device, self.envs.columns
         )
         self.make_storage()
-        self.launch = functools.partial(
-            OneLaunch, device=self.device, cudagraph="graph" in mode, compile="compiled" in mode
-        )
+        options = dict(device=self.device, cudagraph="graph" in mode, compile="compiled" in mode)
+        self.launch = functools.partial(script.GraphedUpdate, **options)
         self.make_updates()
         self.obs, infos = self.envs.reset()
         self.state = infos["state"]

@@ -98,8 +98,8 @@ def main():
 
     def plain_update(with_policy):
         batch = replay.sample(args.batch_size)
-        noise = torch.randn_like(batch.actions).mul_(args.target_noise)
-        plain.update(batch, noise.clamp_(-args.target_noise_clip, args.target_noise_clip), with_policy)
+        noise = torch.randn_like(batch.actions).mul_(args.policy_noise)
+        plain.update(batch, noise.clamp_(-args.noise_clip, args.noise_clip), with_policy)
 
     times = {our_update: [], plain_update: []}
     for round_number in range(options.warmup_rounds + options.rounds):

@@ -20,9 +20,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
-import experiment
 import kalei_mappo_mamujoco as mappo
 import kalei_matd3_mamujoco as matd3
+from experiment import checkpoints, run_folder, stopping
 
 # event files of one second and process are read in the order of this number as text, which 9 and 10 would spoil
 event_file_writer._global_uid = event_file_writer.AtomicCounter(1000)
@@ -41,7 +41,7 @@ FLAGS = {
 TIMES = ("charts/SPS", "charts/checkpoint_seconds")  # what differs from run to run
 
 
-class SignalInBlock(experiment.StopSignals):
+class SignalInBlock(stopping.StopSignals):
     """As if SIGTERM came in block number `block`; leaves the handlers of the tests' own process alone."""
 
     def __init__(self, block):
@@ -60,7 +60,7 @@ def train(script, folder, *flags, block=math.inf):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(sys, "argv", [script.__file__, *flags])
-        patch.setattr(experiment, "StopSignals", lambda: SignalInBlock(block))
+        patch.setattr(script, "StopSignals", lambda: SignalInBlock(block))
         try:
             script.main()
         except SystemExit as end:
@@ -119,7 +119,6 @@ def assert_same_runs(a, b):
         assert_same(models[0][network], models[1][network], network)
     checkpoints = [read(folder) for folder in (a, b)]
     for checkpoint in checkpoints:
-        checkpoint["counters"].pop("training_seconds")
         checkpoint["args"].pop("resume")
     assert_same(*checkpoints, "checkpoint")
     assert_same(scalars(a), scalars(b), "scalars")
@@ -133,14 +132,15 @@ def one_line(err):
 # dies in the moment of its second checkpoint, with the steps after the first one done and logged
 KILLED = """
 import os, signal
-import experiment, {name} as script
-write, times = experiment.write_checkpoint, []
+import {name} as script
+from experiment import checkpoints
+write, times = checkpoints.write_checkpoint, []
 def write_once(*arguments):
     times.append(1)
     if len(times) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     return write(*arguments)
-experiment.write_checkpoint = write_once
+checkpoints.write_checkpoint = write_once
 script.main()
 """
 CASES = {  # script, its flags, and the block in which a signal comes, or None for a kill
@@ -275,7 +275,7 @@ def test_a_kill_at_any_time_leaves_a_whole_file_and_never_an_older_one(tmp_path)
     rng, seen, rounds_with_news = random.Random(0), 0, 0
     torch.set_num_threads(1)  # no threads of PyTorch's, which do not survive a fork
     start = time.perf_counter()
-    experiment.write(str(tmp_path / "another"), torch.zeros(500_000))
+    checkpoints.write(str(tmp_path / "another"), torch.zeros(500_000))
     wait = 2 * (time.perf_counter() - start)  # for two writes on this disk, and longer where it gets slower
     for _ in range(100):
         child = os.fork()
@@ -284,7 +284,7 @@ def test_a_kill_at_any_time_leaves_a_whole_file_and_never_an_older_one(tmp_path)
                 counter = seen
                 while True:
                     counter += 1
-                    experiment.write(str(path), {"counter": counter, "tensor": torch.full((500_000,), float(counter))})
+                    checkpoints.write(str(path), {"counter": counter, "tensor": torch.full((500_000,), float(counter))})
             finally:
                 os._exit(1)
         time.sleep(rng.uniform(0, 0.01 + wait))
@@ -317,14 +317,14 @@ def files_of_at_most(size):
 
 def test_a_full_disk_keeps_the_old_file(tmp_path, capsys):
     path = str(tmp_path / "checkpoint.pt")
-    assert experiment.write(path, {"old": torch.ones(3)}) is True
+    assert checkpoints.write(path, {"old": torch.ones(3)}) is True
     before = snapshot(tmp_path)
     with files_of_at_most(50_000):
-        assert experiment.write(path, {"new": torch.zeros(100_000)}) is False
+        assert checkpoints.write(path, {"new": torch.zeros(100_000)}) is False
     out, err = capsys.readouterr()
     assert err.startswith("warning: ") and len(err.splitlines()) == 1 and path in err and not out, err
     assert snapshot(tmp_path) == before
-    assert experiment.write(path, {"new": torch.zeros(100_000)}) is True, "there is room again"
+    assert checkpoints.write(path, {"new": torch.zeros(100_000)}) is True, "there is room again"
     assert len(torch.load(path, weights_only=True)["new"]) == 100_000 and list(snapshot(tmp_path)) == [path]
     assert not capsys.readouterr().err
 
@@ -347,7 +347,7 @@ def copied(stopped, tmp_path):
 
 def test_a_run_goes_on_where_there_is_no_room_for_its_checkpoints(copied, tmp_path, capsys, monkeypatch):
     script, folder = copied
-    monkeypatch.setattr(experiment, "log_masks", lambda *arguments: None)  # pictures are larger than a checkpoint here
+    monkeypatch.setattr(script, "log_masks", lambda *arguments: None)  # pictures are larger than a checkpoint here
     before = (folder / "checkpoint.pt").read_bytes()
     with files_of_at_most(30_000):  # events still fit
         code, _ = train(script, tmp_path, "--resume", folder)
@@ -361,14 +361,14 @@ def test_a_run_goes_on_where_there_is_no_room_for_its_checkpoints(copied, tmp_pa
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's, of its thread
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_run_goes_on_where_its_folder_is_gone(name, tmp_path, monkeypatch, capsys):
-    write = experiment.write_checkpoint
+    write = checkpoints.write_checkpoint
 
-    def write_nowhere(run_folder, *arguments):
-        while os.path.exists(run_folder):  # TensorBoard's thread may write to it meanwhile
-            shutil.rmtree(run_folder, ignore_errors=True)
-        return write(run_folder, *arguments)
+    def write_nowhere(folder, *arguments):
+        while os.path.exists(folder):  # TensorBoard's thread may write to it meanwhile
+            shutil.rmtree(folder, ignore_errors=True)
+        return write(folder, *arguments)
 
-    monkeypatch.setattr(experiment, "write_checkpoint", write_nowhere)
+    monkeypatch.setattr(checkpoints, "write_checkpoint", write_nowhere)
     code, _ = train(SCRIPTS[name], tmp_path)
     err = capsys.readouterr().err
     assert code == 0 and "640/640" in err
@@ -378,8 +378,8 @@ def test_a_run_goes_on_where_its_folder_is_gone(name, tmp_path, monkeypatch, cap
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_scalars_are_written_again_a_minute_after_their_folder_was_gone(tmp_path, monkeypatch, capsys):
     folder, now = tmp_path / "run", time.monotonic()
-    monkeypatch.setattr(experiment.time, "monotonic", lambda: now)
-    writer = experiment.Log(str(folder))
+    monkeypatch.setattr(run_folder.time, "monotonic", lambda: now)
+    writer = run_folder.Writer(str(folder))
     writer.add_scalar("x", 0.0, 0)
     writer.flush()
     shutil.rmtree(folder)
@@ -398,7 +398,7 @@ def test_scalars_are_written_again_a_minute_after_their_folder_was_gone(tmp_path
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_messages_do_not_hang_at_the_end_of_the_progress_bar(name, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(experiment.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(checkpoints.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
     assert train(SCRIPTS[name], tmp_path)[0] == 0
     lines = [line for line in re.split(r"[\r\n]", capsys.readouterr().err) if "warning: " in line]
     assert lines and all(line.startswith("warning: ") for line in lines), lines
@@ -407,7 +407,7 @@ def test_messages_do_not_hang_at_the_end_of_the_progress_bar(name, tmp_path, mon
 # ---- Damage ----
 def write(folder, content):
     """What is wrong is then not only that it is not as it was written."""
-    assert experiment.write(folder / "checkpoint.pt", content)
+    assert checkpoints.write(folder / "checkpoint.pt", content)
 
 
 def edit(folder, change):
@@ -438,7 +438,7 @@ def save_the_other_scripts(script, folder):
     envs = other.MaMuJoCoVecEnv("Hopper-v2-3x1", 2)
     learner = other.Learner(envs.state_size, -space, space, args, torch.device("cpu"))
     obs, _ = envs.reset()
-    experiment.write_checkpoint(str(folder), learner, envs, obs, {"global_step": 5})
+    checkpoints.write_checkpoint(str(folder), learner, envs, obs, {"global_step": 5})
     envs.close()
 
 
@@ -452,16 +452,14 @@ DAMAGE = {
     "a flipped bit in a tensor": lambda script, folder: flip_in_the_largest_tensor(folder / "checkpoint.pt"),
     "a tensor": lambda script, folder: write(folder, torch.zeros(3)),
     "foreign": lambda script, folder: write(folder, {"model": torch.zeros(3)}),
-    "code": lambda script, folder: write(folder, {"format": experiment.CHECKPOINT_FORMAT, "x": flip}),
+    "code": lambda script, folder: write(folder, {"format": checkpoints.FORMAT, "x": flip}),
     "a saved model": lambda script, folder: shutil.copy(folder / "model.pt", folder / "checkpoint.pt"),
     "of the other script": save_the_other_scripts,
-    "newer": lambda script, folder: edit(folder, lambda it: it.update(format=experiment.CHECKPOINT_FORMAT + 1)),
+    "newer": lambda script, folder: edit(folder, lambda it: it.update(format=checkpoints.FORMAT + 1)),
     "arguments that are not there": lambda script, folder: edit(folder, lambda it: it["args"].update(no_such_flag=1)),
     "of another size than it says": lambda script, folder: edit(folder, lambda it: it["args"].update(hidden_size=48)),
     "of more environments than it says": lambda script, folder: edit(folder, lambda it: it["args"].update(num_envs=3)),
     "without a learner": lambda script, folder: edit(folder, lambda it: it.pop("learner")),
-    "without a counter": lambda script, folder: edit(folder, lambda it: it["counters"].pop("num_updates")),
-    "without the number of steps": lambda script, folder: edit(folder, lambda it: it["counters"].pop("global_step")),
     "missing": lambda script, folder: (folder / "checkpoint.pt").unlink(),
     "no folder": lambda script, folder: shutil.rmtree(folder),
     "a file in the place of the folder": lambda script, folder: (shutil.rmtree(folder), folder.write_text("mine")),
@@ -486,15 +484,15 @@ def test_a_newer_format_is_named(copied, tmp_path, capsys):
     script, folder = copied
     DAMAGE["newer"](script, folder)
     train(script, tmp_path, "--resume", folder)
-    newer, known = experiment.CHECKPOINT_FORMAT + 1, experiment.CHECKPOINT_FORMAT
-    assert f"format {newer}, expected {known}" in capsys.readouterr().err
+    newer, known = checkpoints.FORMAT + 1, checkpoints.FORMAT
+    assert f"format {newer} of another version of this code, not {known}" in capsys.readouterr().err
 
 
 def test_no_flipped_bit_goes_unnoticed_and_changes_what_is_read(stopped, tmp_path, capsys):
     script, folder = stopped
     shutil.copy(folder / "checkpoint.pt", tmp_path)
     path, rng, refused = tmp_path / "checkpoint.pt", random.Random(0), 0
-    expected = experiment.read_checkpoint(str(tmp_path), script.Args)
+    expected = checkpoints.read_checkpoint(str(tmp_path), script.Args)
     whole = path.read_bytes()
     with zipfile.ZipFile(path) as file:  # what is beyond is the directory, where a bit has more ways to mislead
         directory = file.start_dir
@@ -503,7 +501,7 @@ def test_no_flipped_bit_goes_unnoticed_and_changes_what_is_read(stopped, tmp_pat
         path.write_bytes(whole)
         flip(path, position)
         try:
-            found = experiment.read_checkpoint(str(tmp_path), script.Args)
+            found = checkpoints.read_checkpoint(str(tmp_path), script.Args)
         except SystemExit as stop:
             assert stop.code == 2 and one_line(capsys.readouterr().err)
             refused += 1
@@ -532,7 +530,7 @@ def test_what_a_run_has_learnt_with_cannot_be_changed(stopped, capsys):
         assert err.startswith(f"error: {name} is ") and str(folder) in err, err
 
 
-def test_a_runs_own_values_and_what_may_change_are_accepted(stopped, capsys, monkeypatch):
+def test_a_runs_own_values_and_what_may_change_are_accepted(stopped, capsys):
     script, folder = stopped
     args, checkpoint = script.parse_args(["--resume", str(folder)])
     assert checkpoint["counters"]["global_step"] == 360
@@ -548,10 +546,9 @@ def test_a_runs_own_values_and_what_may_change_are_accepted(stopped, capsys, mon
     assert not capsys.readouterr().out
 
     changes = dict(total_timesteps=361, device="auto", num_threads=2, log_interval=7, eval_interval=8, eval_episodes=9)
-    changes |= dict(save_model=False, checkpoint_interval=10, checkpoint_buffer=False, capture_video=True)
-    changes |= dict(track=True, wandb_project="masks", wandb_entity="us", cudagraph=False, compile=True)
-    monkeypatch.setattr(experiment.importlib.util, "find_spec", lambda name: name)  # whether it is installed or not
-    assert {"resume", *changes} == set(experiment.RESUME_MAY_CHANGE.split())
+    changes |= dict(save_model=False, checkpoint_interval=10, checkpoint_buffer=False, capture_video=True, render=True)
+    changes |= dict(track=True, wandb_project_name="masks", wandb_entity="us", cudagraph=False, compile=True)
+    assert {"resume", *changes} == checkpoints.MAY_CHANGE
     for name, value in changes.items():
         if not hasattr(own, name):
             assert (script, name) == (mappo, "checkpoint_buffer")
@@ -576,12 +573,12 @@ def test_there_must_be_steps_left(steps, stopped, capsys):
 def test_a_run_that_goes_on_is_not_resumed_beside_it(copied, tmp_path, capsys):
     script, folder = copied
     before = {path: path.read_bytes() for path in folder.iterdir()}
-    claimed = experiment.claim(str(folder))  # as another process that trains there
+    lock = run_folder.lock_run_folder(str(folder))  # as another process that trains there
     code, _ = train(script, tmp_path, "--resume", folder)
     err = capsys.readouterr().err
     assert code == 2 and f"error: {folder} is being trained in by another process" in err, err
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
-    os.close(claimed)
+    os.close(lock)
     assert train(script, tmp_path, "--resume", folder)[0] == 0
 
 
@@ -632,7 +629,7 @@ def make_replay(rows, steps=()):
 def assert_same_replay(a, b):
     assert (a.next_row, int(a.newest), int(a.filled)) == (b.next_row, int(b.newest), int(b.filled))
     filled = int(a.filled)
-    for name in (*matd3.Replay.ARRAYS, "next_state"):
+    for name in (*checkpoints.REPLAY_ARRAYS, "next_state"):
         assert_same(getattr(a, name)[:filled], getattr(b, name)[:filled], name)
     rows, envs = (index.flatten() for index in torch.meshgrid(torch.arange(filled), torch.arange(ENVS), indexing="ij"))
     for mine, theirs in zip(a.n_step_return(rows, envs), b.n_step_return(rows, envs), strict=True):
@@ -643,13 +640,13 @@ def assert_same_replay(a, b):
 def test_a_replay_buffer_comes_back_bit_for_bit(steps):
     data = steps_of_data(steps + 2 * ROWS)
     replay = make_replay(ROWS, data[:steps])
-    saved = replay.state_dict()
+    saved = checkpoints.pack_replay(replay)
     followed = replay.ended.clone()
     followed[int(replay.newest)] = True
     assert len(saved["next_state"]) == followed[: int(replay.filled)].sum(), "what follows is stored once"
 
     loaded = make_replay(ROWS)
-    loaded.load_state_dict(saved)
+    checkpoints.unpack_replay(loaded, saved)
     assert_same_replay(loaded, replay)
     for step in data[steps:]:  # saved is a copy, and the ring turns on
         replay.add([step])
@@ -662,7 +659,7 @@ def test_a_replay_buffer_comes_back_bit_for_bit(steps):
 def test_a_ring_that_has_not_wrapped_loads_into_a_larger_one(steps, more):
     data = steps_of_data(steps + 3 * (ROWS + more))
     loaded, expected = make_replay(ROWS + more), make_replay(ROWS + more, data[:steps])
-    loaded.load_state_dict(make_replay(ROWS, data[:steps]).state_dict())
+    checkpoints.unpack_replay(loaded, checkpoints.pack_replay(make_replay(ROWS, data[:steps])))
     assert_same_replay(loaded, expected)
     for step in data[steps:]:
         loaded.add([step])
@@ -673,13 +670,13 @@ def test_a_ring_that_has_not_wrapped_loads_into_a_larger_one(steps, more):
 def test_what_is_saved_of_a_replay_buffer_stays_as_it_was():
     data = steps_of_data(2 * ROWS)
     replay = make_replay(ROWS, data[:ROWS])
-    saved, again = replay.state_dict(), make_replay(ROWS, data[:ROWS]).state_dict()
+    saved, again = (checkpoints.pack_replay(each) for each in (replay, make_replay(ROWS, data[:ROWS])))
     for step in data[ROWS:]:
         replay.add([step])
     assert_same(saved, again, "replay")
 
 
-def test_without_the_buffer_a_resumed_run_fills_a_new_one_and_then_learns_on(tmp_path, capsys):
+def test_without_the_buffer_a_resumed_run_fills_a_new_one_and_then_learns_on(tmp_path):
     # states of 113 numbers, so that the buffer is most of the checkpoint
     flags = "--env-id Ant-v2-4x2 --total-timesteps 1400 --hidden-size 4 --buffer-size 1000 --eval-episodes 0"
     flags += " --actor-reset-interval 0 --critic-reset-interval 0"
@@ -704,13 +701,10 @@ def test_without_the_buffer_a_resumed_run_fills_a_new_one_and_then_learns_on(tmp
             return update(learner, batch, with_policy)
 
         patch.setattr(matd3.Learner, "update", count)
-        capsys.readouterr()
         code, _ = train(matd3, tmp_path / flag, "--resume", folder)
-    assert code == 0 and "no replay buffer in the checkpoint: 200 steps" in capsys.readouterr().out
+    assert code == 0
     curve = [(step, value) for step, value in scalars(folder)["charts/updates"] if step > 960]
-    learning = [1200 + 40 * i for i in range(6)]
-    expected = [(step, made) for step in range(1000, 1161, 40)]
-    assert curve == expected + [(step, made + 4 * (i + 1)) for i, step in enumerate(learning)]
+    assert curve == [(1200 + 40 * i, made + 4 * (i + 1)) for i in range(6)]
     assert len(updates) == 4 * 6 == read(folder)["counters"]["num_updates"] - made
 
 
@@ -779,7 +773,7 @@ def test_what_diverges_stops_and_is_not_saved(case, tmp_path, monkeypatch, capsy
     assert code == 1 and line.startswith("error: diverged: ") and expected in line, line
     assert "Traceback" not in err
     assert_finite_at_320(folder)
-    assert scalars(folder)["charts/updates"][-1] == (360, 16 if script is matd3 else 36), "the curves end where it did"
+    assert scalars(folder)["charts/updates"][-1] == (320, 12 if script is matd3 else 32), "the curves end before it"
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -6,7 +6,6 @@ memory. What it cannot show is what CUDA itself asks of a graph; where there is 
 
 import contextlib
 import functools
-import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,10 +14,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-import experiment
 import kalei_mappo_mamujoco as mappo
 import kalei_matd3_mamujoco as matd3
-from cuda_graphs import OneLaunch, compiler_for
+from experiment import checkpoints
+from kalei_matd3_mamujoco import GraphedUpdate
 
 STATE, AGENTS, ACT, ENVS = 7, 3, 2, 4
 # operations that wait for the device or copy from the host's memory, which no graph may do
@@ -86,7 +85,7 @@ class GraphOnTheCPU:
 
 
 @contextlib.contextmanager
-def record(graph, capture_error_mode):
+def record(graph):
     random, recorder = torch.get_rng_state(), Recorder()
     with recorder:
         yield
@@ -118,9 +117,12 @@ def device(monkeypatch):
     return torch.device("cpu")
 
 
-def launcher(function, device, **options):
-    """A OneLaunch that takes the CPU, with the stand-in, for a GPU."""
-    return OneLaunch(function, torch.device("cuda") if device.type == "cpu" else device, **options)
+CALLS_BEFORE_RECORDING = 3
+
+
+def launcher(function, device, cudagraph=True):
+    """A GraphedUpdate that takes the CPU, with the stand-in, for a GPU."""
+    return GraphedUpdate(function, torch.device("cuda") if device.type == "cpu" else device, cudagraph, compile=False)
 
 
 def same(a, b):
@@ -135,7 +137,7 @@ def draw_step():
     return state, torch.randn(ENVS, AGENTS, ACT).numpy(), torch.randn(ENVS).numpy(), next_state, ends, ends & False
 
 
-# ---- OneLaunch ----
+# ---- GraphedUpdate ----
 def test_a_graph_goes_on_where_the_calls_before_it_ended(device):
     total, noise = torch.zeros(3, device=device), torch.zeros(3, device=device)
 
@@ -151,12 +153,12 @@ def test_a_graph_goes_on_where_the_calls_before_it_ended(device):
     launch = launcher(function, device)
     got = [{name: value.clone() for name, value in launch().items()} for _ in range(9)]
     assert all(map(same, got, expected))
-    assert GraphOnTheCPU.count == 9 - OneLaunch.CALLS_BEFORE_RECORDING
+    assert GraphOnTheCPU.count == 9 - CALLS_BEFORE_RECORDING
     assert launch() is launch()
 
 
 def test_no_graph_without_a_gpu_or_where_it_is_not_wanted(device):
-    for launch in (launcher(dict, device, cudagraph=False), OneLaunch(dict, torch.device("cpu"))):
+    for launch in (launcher(dict, device, cudagraph=False), GraphedUpdate(dict, torch.device("cpu"), True, False)):
         assert [launch() for _ in range(9)] == [{}] * 9
     assert GraphOnTheCPU.count == 0
 
@@ -225,7 +227,7 @@ def test_matd3_learns_the_same_with_graphs(sharing, device):
         train_matd3(trained[0], replays[0], device, lambda function: function),
         train_matd3(trained[1], replays[1], device, lambda function: launcher(function, device)),
     )
-    assert GraphOnTheCPU.count == 40 - 2 * OneLaunch.CALLS_BEFORE_RECORDING
+    assert GraphOnTheCPU.count == 40 - 2 * CALLS_BEFORE_RECORDING
 
 
 def make_mappo(device, **flags):
@@ -266,7 +268,7 @@ def test_mappo_learns_the_same_with_graphs(sharing, num_minibatches, device):
         train_mappo(trained[0], rollouts[0], device, lambda function: function),
         train_mappo(trained[1], rollouts[1], device, lambda function: launcher(function, device)),
     )
-    assert GraphOnTheCPU.count == 8 - OneLaunch.CALLS_BEFORE_RECORDING
+    assert GraphOnTheCPU.count == 8 - CALLS_BEFORE_RECORDING
 
 
 def compare(learners, expected, got):
@@ -287,53 +289,29 @@ def test_compiled_updates_learn_the_same(name, device, monkeypatch):
     make, train = {"matd3": (make_matd3, train_matd3), "mappo": (make_mappo, train_mappo)}[name]
     trained, stores = zip(*[make(device) for _ in range(2)], strict=True)
     expected = train(trained[0], stores[0], device, lambda function: function)
-    got = train(trained[1], stores[1], device, lambda function: OneLaunch(function, device, compile=True))
+    got = train(trained[1], stores[1], device, lambda function: GraphedUpdate(function, device, False, True))
     for a, b in zip([*got, trained[1].state_dict()], [*expected, trained[0].state_dict()], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_no_compiler(monkeypatch, capsys):
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert compiler_for("cpu")[0] is False
-    with pytest.raises(SystemExit) as stop:
-        matd3.parse_args(["--compile", "--device", "cpu"])
-    assert stop.value.code == 2
-    err = capsys.readouterr().err
-    assert err == "error: --compile is True, expected it only where there is a C++ compiler (g++, clang++ or cl)\n"
-
-
-def test_learning_rates_of_a_checkpoint_reach_the_tensors_that_a_graph_reads(tmp_path):
-    learner, _ = make_mappo(torch.device("cpu"))
-    learner.scale_learning_rates(0.25)
-    envs = SimpleNamespace(get_state=dict, set_state=lambda state: None)
-    experiment.write_checkpoint(str(tmp_path), learner, envs, np.zeros(1), {"global_step": 0})
-    other, _ = make_mappo(torch.device("cpu"))
-    rates = [group["lr"] for optimizer in other.optimizers for group in optimizer.param_groups]
-    checkpoint = experiment.read_checkpoint(str(tmp_path), mappo.Args)
-    experiment.restore(checkpoint, other, envs, "global_step")
-    assert [rate.item() for rate in rates] == [0.25 * lr for lr in (1e-3, other.args.threshold_lr)] * 2
-    kept = [group["lr"] for optimizer in other.optimizers for group in optimizer.param_groups]
-    assert all(a is b for a, b in zip(kept, rates, strict=True))
-
-
 @pytest.mark.parametrize("make, script", [(make_matd3, matd3), (make_mappo, mappo)], ids=["matd3", "mappo"])
 def test_an_optimiser_keeps_the_options_of_its_own_device(make, script, tmp_path):
-    """A checkpoint of the CPU has capturable=False in its groups, which a GPU's graphs cannot do with."""
+    """The CPU's have capturable=False, which a GPU's graphs cannot do with, and learning rates follow from the step."""
     learner, _ = make(torch.device("cpu"))
     for parameter in learner.parameters():
         parameter.grad = torch.ones_like(parameter)
     for optimizer in learner.optimizers:
         optimizer.step()
     envs = SimpleNamespace(get_state=dict, set_state=lambda state: None)
-    experiment.write_checkpoint(str(tmp_path), learner, envs, np.zeros(1), {"global_step": 0})
-    checkpoint = experiment.read_checkpoint(str(tmp_path), script.Args)
+    checkpoints.write_checkpoint(str(tmp_path), learner, envs, np.zeros(1), {"global_step": 0})
+    checkpoint = checkpoints.read_checkpoint(str(tmp_path), script.Args)
     other, _ = make(torch.device("cpu"))
     for optimizer in other.optimizers:  # as it would be made on another device
         for group in optimizer.param_groups:
-            group |= dict(capturable=True, fused=None, foreach=True)
-    experiment.restore(checkpoint, other, envs, "global_step")
+            group |= dict(capturable=True, fused=None, foreach=True, lr=torch.tensor(0.25))
+    checkpoints.restore_checkpoint(checkpoint, other, envs)
     for old, new in zip(learner.optimizers, other.optimizers, strict=True):
         for group in new.param_groups:
-            assert (group["capturable"], group["fused"], group["foreach"]) == (True, None, True)
+            assert (group["capturable"], group["fused"], group["foreach"], group["lr"]) == (True, None, True, 0.25)
         for a, b in zip(old.state_dict()["state"].values(), new.state_dict()["state"].values(), strict=True):
             assert all(torch.equal(a[name], b[name]) for name in ("step", "exp_avg", "exp_avg_sq")) and a["step"] == 1

@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import filming
 import kalei_mappo_mamujoco as script
+from experiment import films
 from mamujoco_env import MaMuJoCoVecEnv
 
 TINY = "--device cpu --env-id Hopper-v2-3x1 --total-timesteps 80 --num-envs 4 --rollout-steps 10 --hidden-size 8"
@@ -53,7 +53,7 @@ def frames_of(gif):
 def test_a_film_shows_the_robot_move_in_real_time(env_id, every, opengl):
     envs = MaMuJoCoVecEnv(env_id, 2)
     envs.reset()
-    film = filming.Film(envs)
+    film = films.Film(envs)
     draw = np.random.default_rng(0)
     for _ in range(3 * every):
         film()
@@ -66,9 +66,9 @@ def test_a_film_shows_the_robot_move_in_real_time(env_id, every, opengl):
 
 
 def test_a_film_is_no_longer_than_its_limit_and_begins_anew(opengl, monkeypatch):
-    monkeypatch.setattr(filming, "MAX_FRAMES", 2)
+    monkeypatch.setattr(films, "MAX_FRAMES", 2)
     envs = MaMuJoCoVecEnv("HalfCheetah-v2-2x3", 1)
-    film = filming.Film(envs)
+    film = films.Film(envs)
     for _ in range(2):
         for _ in range(5):
             film()
@@ -77,7 +77,7 @@ def test_a_film_is_no_longer_than_its_limit_and_begins_anew(opengl, monkeypatch)
 
 
 def test_films_do_not_disturb_each_other(opengl):
-    ant, hopper = (filming.Film(MaMuJoCoVecEnv(env_id, 1)) for env_id in ("Ant-v2-4x2", "Hopper-v2-3x1"))
+    ant, hopper = (films.Film(MaMuJoCoVecEnv(env_id, 1)) for env_id in ("Ant-v2-4x2", "Hopper-v2-3x1"))
 
     def frame(film):
         film()
@@ -94,7 +94,7 @@ def test_films_do_not_disturb_each_other(opengl):
 
 def test_the_camera_follows_the_robot(opengl):
     envs = MaMuJoCoVecEnv("Ant-v2-4x2", 1)
-    film = filming.Film(envs)
+    film = films.Film(envs)
     places = []
     for shift in (0.0, 30.0):
         envs.batch.get_data(0, film.data)
@@ -141,7 +141,7 @@ def test_no_screen_is_one_line(tmp_path):
         assert file.suffix != ".gif"
     os.rename(tmp_path / "runs", tmp_path / "before")
     assert "--render" in refused("--evaluate", tmp_path / "model.pt", "--render", cwd=tmp_path)
-    assert "only with --evaluate" in refused(*TINY.split(), "--render", cwd=tmp_path)
+    assert "--render" in refused(*TINY.split(), "--render", cwd=tmp_path)
 
 
 FAKE_WANDB = """
@@ -157,7 +157,7 @@ def init(**settings):
 
 def test_weights_and_biases_get_what_tensorboard_gets(tmp_path):
     (tmp_path / "wandb.py").write_text(FAKE_WANDB)
-    flags = ["--track", "--wandb-project", "masks", "--checkpoint-interval", "40"]
+    flags = ["--track", "--wandb-project-name", "masks", "--checkpoint-interval", "40"]
     code, _, err = run(*TINY.split(), *flags, cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert code == 0, err
     (folder,) = (tmp_path / "runs").iterdir()
@@ -180,4 +180,6 @@ def test_weights_and_biases_refusing_is_one_line(tmp_path):
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="Weights & Biases is installed")
 def test_no_weights_and_biases_is_one_line(tmp_path):
-    assert "pip install wandb" in refused(*TINY.split(), "--track", cwd=tmp_path)
+    code, _, err = run(*TINY.split(), "--track", cwd=tmp_path)
+    assert code == 2 and err.count("\n") == 1 and "pip install wandb" in err, err
+    assert not list((tmp_path / "runs").iterdir())

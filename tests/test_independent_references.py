@@ -417,7 +417,7 @@ def test_updates_without_masks_are_harls_agent_by_agent(sharing, num_agents, mak
 def test_matd3s_values_are_those_of_the_released_configurations(env_id, n_step, policy_freq):
     args, _ = matd3.parse_args(["--env-id", env_id])
     released = dict(n_step=n_step, policy_freq=policy_freq, batch_size=1000, buffer_size=1_000_000, gamma=0.99)
-    released |= dict(exploration_noise=0.1, target_noise=0.2, target_noise_clip=0.5, polyak=0.005, num_critics=5)
+    released |= dict(exploration_noise=0.1, policy_noise=0.2, noise_clip=0.5, polyak=0.005, num_critics=5)
     released |= dict(actor_lr=5e-4, critic_lr=1e-3, hidden_size=256, history_length=100, layer_weights=(1.0, 2.0, 4.0))
     released |= dict(actor_threshold_scale=5.0, actor_threshold_bias=5.0, actor_diversity_coef=0.1)
     released |= dict(critic_threshold_scale=20.0, critic_threshold_bias=0.0, critic_diversity_coef=0.1)

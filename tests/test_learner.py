@@ -7,6 +7,7 @@ import torch
 
 import kalei_matd3_mamujoco as script
 from benchmark.plain_loops import PlainLearner
+from experiment.mask_pictures import mask_difference, sparsity
 
 NETWORKS = ("actor", "critic", "target_actor", "target_critic")
 
@@ -21,7 +22,7 @@ def test_updates_equal_plain_loops(make_learner, make_batch, num_agents, num_cri
     for update in range(1, 9):
         batch = make_batch(num_agents=num_agents, dtype=torch.float64, seed=update)
         torch.manual_seed(update)
-        noise = (torch.randn_like(batch.actions) * learner.args.target_noise).clamp_(-0.5, 0.5)
+        noise = (torch.randn_like(batch.actions) * learner.args.policy_noise).clamp_(-0.5, 0.5)
         torch.manual_seed(update)
         learner.update(batch, with_policy=update % 2 == 0)
         plain.update(batch, noise, with_policy=update % 2 == 0)
@@ -70,7 +71,7 @@ def test_full_sharing_gives_all_agents_the_same_weights_and_they_stay_so(make_le
             for layer, (weight, bias) in zip(actor.layers, actor.effective_layers(), strict=True):
                 assert torch.equal(weight, layer.weight.expand(3, -1, -1)) and bias is layer.bias
     assert logs["losses/actor_diversity"] == 0 and logs["losses/critic_diversity"] < 0, "sharing is the actor's"
-    assert learner.actor.sparsity().max() == 0 and learner.actor.mask_difference() == 0
+    assert sparsity(learner.actor).max() == 0 and mask_difference(learner.actor) == 0
     assert int(script.reset_actor(learner.actor, 1.0)) == 0
 
 
@@ -104,7 +105,7 @@ def test_acting_together_and_alone_agree_and_keep_to_the_bounds(sharing, make_le
 
 
 def test_the_target_takes_the_lowest_value_of_the_ensemble_and_none_after_a_termination(make_learner, make_batch):
-    learner = make_learner(target_noise=0.0)
+    learner = make_learner(policy_noise=0.0)
     batch = make_batch()
     next_actions = learner.target_actor.act(batch.next_obs, learner.target_actor.effective_layers())
     critic_input = torch.cat([batch.next_state, next_actions.flatten(1)], 1)

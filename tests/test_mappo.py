@@ -9,6 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import kalei_mappo_mamujoco as script
+from experiment.mask_pictures import mask_difference, sparsity
 
 CPU = torch.device("cpu")
 AGENTS, ACT, STATE = 3, 2, 7
@@ -255,7 +256,7 @@ def test_networks_start_orthogonal_and_a_few_percent_masked_in_every_layer():
             weight = layer.weight if layer.weight.shape[0] <= layer.weight.shape[1] else layer.weight.mT
             torch.testing.assert_close(weight @ weight.mT, gain**2 * torch.eye(len(weight)), rtol=0, atol=1e-5)
             assert (layer.bias == 0).all()
-        assert ((network.sparsity() > 0.01) & (network.sparsity() < 0.08)).all(), network.sparsity()
+        assert ((sparsity(network) > 0.01) & (sparsity(network) < 0.08)).all(), sparsity(network)
 
 
 # ---- sharing ----
@@ -303,7 +304,7 @@ def test_full_sharing_gives_all_agents_the_same_weights_and_they_stay_so(make_le
     for seed in range(3):
         for layer in learner.actor.layers:
             assert torch.equal(layer.effective()[0], layer.weight.expand(AGENTS, -1, -1))
-        assert learner.actor.sparsity().max() == 0 and learner.actor.mask_difference() == 0
+        assert sparsity(learner.actor).max() == 0 and mask_difference(learner.actor) == 0
         assert int(script.reset_actor(learner.actor, 1.0)) == 0
         logs = learner.update(make_rollout(seed=seed))
         assert logs["losses/actor_diversity"] == 0
@@ -339,7 +340,7 @@ def test_a_single_critic_has_no_mask(make_learner):
     critic = make_learner(num_critics=1).critic
     for layer in critic.layers:
         assert torch.equal(layer.effective()[0][0], layer.weight)
-    assert make_learner(num_critics=3, sharing="full").critic.mask_difference() > 0, "sharing is the actor's"
+    assert mask_difference(make_learner(num_critics=3, sharing="full").critic) > 0, "sharing is the actor's"
 
 
 # ---- whole updates ----

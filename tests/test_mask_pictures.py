@@ -16,10 +16,12 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-import experiment
 import kalei_mappo_mamujoco as mappo
-import mask_pictures
 from benchmark import masks as script
+from experiment import mask_pictures
+from experiment.checkpoints import write
+from experiment.mask_pictures import mask_difference, sparsity
+from experiment.saved_models import save_model
 from kalei_matd3_mamujoco import MaskedLinear
 
 
@@ -38,7 +40,7 @@ def models(tmp_path_factory):
         args = mappo.Args(hidden_size=8, lr=1e-3, actor_threshold_bias=1.0, **flags)
         high = np.ones((3, 2), np.float32)
         path = tmp_path_factory.mktemp("model") / "model.pt"
-        experiment.save_model(path, mappo.Learner(5, -high, high, args, torch.device("cpu")), 0)
+        save_model(path, mappo.Learner(5, -high, high, args, torch.device("cpu")), 0)
         return path
 
     return make
@@ -164,7 +166,7 @@ def test_drawing_is_repeatable_and_draws_no_random_numbers():
 def test_matplotlib_waits_for_the_first_picture_and_pyplot_stays_out():
     code = """
         import sys
-        import mask_pictures
+        from experiment import mask_pictures
         from kalei_matd3_mamujoco import MaskedLinear
         assert "matplotlib" not in sys.modules, "imported with the module"
         class Network:
@@ -172,7 +174,7 @@ def test_matplotlib_waits_for_the_first_picture_and_pyplot_stays_out():
         mask_pictures.draw(Network, "actor").canvas.draw()
         assert "matplotlib" in sys.modules and "matplotlib.pyplot" not in sys.modules
     """
-    folder = Path(mask_pictures.__file__).parent
+    folder = Path(mask_pictures.__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -222,14 +224,14 @@ def test_script_prints_a_table_and_writes_pictures(run, models, tmp_path):
 
 def test_table_agrees_with_the_network(models, make_learner, tmp_path):
     learner = make_learner()
-    experiment.save_model(tmp_path / "model.pt", learner, 0)
+    save_model(tmp_path / "model.pt", learner, 0)
     for name, saved in script.read_networks(tmp_path / "model.pt").items():
         net = getattr(learner, name)
         table = list(script.table_rows(name, saved))
-        assert [float(row[4]) for row in table] == pytest.approx([100 * s for s in net.sparsity().tolist()], abs=0.01)
+        assert [float(row[4]) for row in table] == pytest.approx([100 * s for s in sparsity(net).tolist()], abs=0.01)
         sizes = [layer.thresholds[0].numel() for layer in net.layers]
         difference = np.average([float(row[5]) for row in table], weights=sizes)
-        assert difference == pytest.approx(100 * net.mask_difference().item(), abs=0.01)
+        assert difference == pytest.approx(100 * mask_difference(net).item(), abs=0.01)
 
 
 def test_script_draws_no_picture_of_a_network_without_masks(run, models, tmp_path):
@@ -243,32 +245,33 @@ def test_script_draws_no_picture_of_a_network_without_masks(run, models, tmp_pat
     [
         ("missing", "No such file"),
         ("folder", "Is a directory"),
-        ("text", "not a model that --save-model wrote"),
-        ("tensor", "not a model that --save-model wrote"),
-        ("no layers", "not a model that --save-model wrote (ValueError: no masked layers)"),
+        ("text", "not as it was written; expected a model that --save-model wrote"),
+        ("tensor", "; expected a model that --save-model wrote"),
+        ("no layers", "ValueError: no masked layers; expected a model that --save-model wrote"),
         ("full", "without masks, expected one trained with --sharing kaleidoscope"),
         ("none", "without masks, expected one trained with --sharing kaleidoscope"),
         ("out", "expected a place to write to"),
         ("scale", "--scale is 0, expected an integer from 1 to 10"),
-        ("flag", "unrecognized"),
+        ("flag", "Unrecognized"),
         ("nothing", "required"),
     ],
 )
-def test_script_answers_bad_input_with_one_line(run, models, tmp_path, what, complaint):
+def test_script_answers_bad_input_without_a_traceback(run, models, tmp_path, what, complaint):
     path, flags = tmp_path / "model.pt", []
     if what == "folder":
         path.mkdir()
     elif what == "text":
         path.write_text("not a model")
     elif what == "tensor":
-        experiment.write(path, torch.zeros(3))
+        write(path, torch.zeros(3))
     elif what == "no layers":
-        experiment.write(path, {"actor": {}, "critic": {}})
+        write(path, {"actor": {}, "critic": {}})
     elif what in ("full", "none"):
         path = models(sharing=what)
     elif what != "missing":
         path = models()
         flags = {"out": ["--out", "no/folder"], "scale": ["--scale", "0"], "flag": ["--x"]}.get(what, [])
     code, out, err = run(*([] if what == "nothing" else [path, *flags]))
-    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
+    one_line = err.startswith("error: ") and err.count("\n") == 1
+    assert code == 2 and (one_line or what in ("flag", "nothing")), "tyro has its own way to say it"
     assert complaint.lower() in err.lower() and "Traceback" not in out + err

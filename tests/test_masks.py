@@ -7,6 +7,7 @@ import torch
 
 import kalei_matd3_mamujoco as script
 from benchmark import plain_loops
+from experiment.mask_pictures import mask_difference
 
 
 def network(dtype=torch.float64, masks=5, layer_norm=True, bias=1.0, sharing="kaleidoscope"):
@@ -107,7 +108,7 @@ def test_mask_difference_is_the_mean_over_pairs():
                 if i != j:
                     different += int((masks[i] != masks[j]).sum())
                     total += masks[i].numel()
-    assert net.mask_difference().item() == pytest.approx(different / total)
+    assert mask_difference(net).item() == pytest.approx(different / total)
 
 
 def test_adaptive_coefficient_averages_the_latest_losses():

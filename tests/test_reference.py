@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import kalei_matd3_mamujoco as script
+from experiment.mask_pictures import sparsity
 
 FILES = sorted(Path(__file__).parent.glob("reference/*.npz"))
 CLOSE = dict(rtol=1e-4, atol=1e-6)
@@ -105,7 +106,7 @@ def test_diversity_loss_and_its_gradient(masked, weighted):
 def test_sparsity_and_masks(masked):
     network, prefix, arrays = masked
     expected = arrays[f"{prefix}/sparsity_per_mask_per_layer"]
-    assert_close(network.sparsity(), expected.mean(0), "sparsity")
+    assert_close(sparsity(network), expected.mean(0), "sparsity")
     zeros = torch.stack([(weight == 0).float().mean((1, 2)) for weight, _ in network.effective_layers()], 1)
     assert_close(zeros, expected, "zeros of the effective weights")
     assert np.array_equal(network.layers[1].masks(), arrays[f"{prefix}/masks_layer1"].astype(bool))
@@ -148,7 +149,7 @@ def reference_learner(arrays, sizes):
         polyak=sizes["polyak"],
         policy_freq=sizes["policy_freq"],
         n_step=sizes["nstep"],
-        target_noise=sizes["policy_noise"],
+        policy_noise=sizes["policy_noise"],
         actor_diversity_coef=sizes["div_coef"],
         critic_diversity_coef=sizes["critic_div_coef"],
         layer_weights=tuple(sizes["layer_weights"]),

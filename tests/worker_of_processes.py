@@ -34,7 +34,7 @@ def make(script, **settings):
 
 
 def matd3_learner():
-    return make(matd3, policy_freq=2, n_step=3, target_noise=0.0)
+    return make(matd3, policy_freq=2, n_step=3, policy_noise=0.0)
 
 
 def mappo_learner():
@@ -92,7 +92,7 @@ def main(folder):
     # one group for all that runs here: groups made one after the other would meet each other's traces in the store
     dist.init_process_group("gloo")
     dist.init_process_group = lambda backend: None
-    matd3.experiment.end_processes = lambda: None
+    matd3.processes.end_processes = lambda: None
     found = {}
     for name, script, flags in (("matd3", matd3, MATD3), ("mappo", mappo, MAPPO)):
         kept = []

@@ -1,4 +1,4 @@
-"""Films an episode without a screen, or shows it in a window. Both are called after every step of the environments.
+"""Films an episode without a screen, or shows it in a window. Both are called at every step of the environments.
 
     film = Film(envs)
     film()              # takes a frame of the first environment
@@ -10,6 +10,7 @@ Mesa's will do (Debian's libegl1 and libgl1).
 
 import io
 import os
+import struct
 import sys
 import time
 
@@ -17,6 +18,9 @@ import mujoco
 import numpy as np
 from mujoco.rendering.classic import gl_context
 from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary
+
+from experiment.command_line import fail, warn
 
 HEIGHT, WIDTH = 240, 320
 MAX_FRAMES = 160
@@ -104,3 +108,33 @@ class Window:
 
     def close(self):
         self.viewer.close()
+
+
+# ---- For scripts ----
+def open_viewer(args, envs):
+    """Of `envs` or None: the Film that --capture-video asks for, the Window that --render asks for, or None."""
+    if envs is None:
+        return None
+    try:
+        return Film(envs) if args.capture_video else Window(envs) if args.render else None
+    except RuntimeError as error:
+        flag, needs = "--render", "a screen"
+        if args.capture_video:
+            flag, needs = "--capture-video", "OpenGL: EGL (Debian: libegl1, libgl1), or MUJOCO_GL set"
+        fail(f"{flag}: {' '.join(str(error).split())[:200]}; expected {needs}")
+
+
+def save_film(film, path, writer=None, global_step=None):
+    """Write what was filmed to a GIF and, as a moving image, to TensorBoard. Returns whether the file was written."""
+    gif = film.take()
+    if writer is not None:
+        width, height = struct.unpack("<HH", gif[6:10])
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
+        writer.add_summary(Summary(value=[Summary.Value(tag="videos/evaluation", image=image)]), global_step)
+    try:
+        with open(path, "wb") as file:
+            file.write(gif)
+    except OSError as error:
+        warn(f"{path}: {error.strerror or error}; it was not written")
+        return False
+    return True

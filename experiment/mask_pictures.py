@@ -29,6 +29,23 @@ def masks_act(network):
 
 
 @torch.no_grad()
+def sparsity(network):
+    """(layers,): each layer's share of zeros among the effective weights of all masks."""
+    return torch.stack([1 - layer.masks().float().mean() for layer in network.layers])
+
+
+@torch.no_grad()
+def mask_difference(network):
+    """The share of weights that one mask keeps and another drops, averaged over pairs of masks."""
+    differing = pairs = 0
+    for layer in network.layers:
+        n, keep = len(layer.thresholds), layer.masks().sum(0)
+        differing += (2 * keep * (n - keep)).sum()
+        pairs += n * (n - 1) * keep.numel()
+    return differing / max(pairs, 1)
+
+
+@torch.no_grad()
 def difference_matrix(layer):
     """(M, M): the share of a layer's weights that one mask keeps and the other drops."""
     masks = layer.masks().flatten(1).float()

@@ -1,0 +1,38 @@
+"""What the machine at hand can do."""
+
+import contextlib
+import ctypes
+
+import torch
+
+from experiment.command_line import warn
+
+
+def device_type(device):
+    """ "cpu" or "cuda", from auto, cpu or cuda."""
+    return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def resolve_precision(precision, kind):
+    """What --precision auto means: bfloat16 where a CPU multiplies it natively, TF32 on a GPU, else float32.
+
+    Sets PyTorch's products of float32 to TF32 or to full precision.
+    """
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if precision == "bfloat16" and kind == "cpu" and not native:
+        warn("this CPU does not multiply bfloat16 natively: --precision bfloat16 is slow here")
+    if precision == "auto":
+        precision = "tf32" if kind == "cuda" else "bfloat16" if native else "float32"
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    return precision
+
+
+def keep_freed_memory():
+    """Let glibc keep freed memory for the tensors to come, which are of the same sizes again and again.
+
+    Without, an update spends an eighth of its time on the CPU on getting pages back from the kernel.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its highest value: larger ones go back to the kernel
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never

@@ -1,0 +1,158 @@
+"""The folder of a run, runs/{env_id}__{exp_name}__{seed}__{time}, and what is logged to it for TensorBoard."""
+
+import dataclasses
+import functools
+import os
+import re
+import shutil
+import time
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+from torch.utils.tensorboard import SummaryWriter
+
+from experiment.command_line import fail, warn
+from experiment.mask_pictures import mask_difference, sparsity
+from experiment.processes import broadcast_object
+
+
+def open_run(args, global_step, rank=0):
+    """(run folder, writer): new ones, or with --resume the run's, at the step of its checkpoint.
+
+    Of several processes, the first one writes.
+    """
+    if rank > 0:
+        return broadcast_object(None), NoWriter()
+    run_folder = args.resume if args.resume is not None else make_run_folder(args)
+    lock = lock_run_folder(run_folder)
+    if args.track:
+        start_tracking(args, run_folder)
+    if args.resume is not None:
+        wait_for_new_name(run_folder)
+        writer = Writer(run_folder, lock, purge_step=global_step + 1)  # TensorBoard then drops what came after it
+    else:
+        writer = Writer(run_folder, lock)
+        rows = "\n".join(f"|{name}|{value}|" for name, value in dataclasses.asdict(args).items())
+        writer.add_text("hyperparameters", f"|name|value|\n|-|-|\n{rows}")
+    return broadcast_object(run_folder), writer
+
+
+def make_run_folder(args):
+    """Make and return a new folder."""
+    name, now = re.sub(r"[^\w.+-]", "_", f"{args.env_id}__{args.exp_name}__{args.seed}"), int(time.time())
+    while True:
+        run_folder = os.path.join("runs", f"{name}__{now}")
+        try:
+            os.makedirs(run_folder)
+            return run_folder
+        except FileExistsError as error:
+            if not os.path.isdir("runs"):
+                fail(f"runs: {error.strerror}, expected a folder to write to")
+            now += 1  # another run started in this second
+        except OSError as error:
+            fail(f"{error.filename}: {error.strerror}, expected a folder to write to")
+
+
+def lock_run_folder(run_folder):
+    """Refuse a folder that another process trains in. The lock, an open file, lasts until it is closed."""
+    if fcntl is None:
+        return None
+    lock = os.open(run_folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        fail(f"{run_folder} is being trained in by another process, expected a run that has stopped")
+    except OSError:  # a file system without locks
+        pass
+    return lock
+
+
+def wait_for_new_name(run_folder):
+    """TensorBoard reads a run's event files in the order of their names, which begin with the second they were made."""
+    names = [name.split(".") for name in os.listdir(run_folder) if name.startswith("events.out.tfevents.")]
+    time.sleep(min(max(max((int(parts[3]) for parts in names), default=0) + 1 - time.time(), 0), 1))
+
+
+def start_tracking(args, run_folder):
+    """Let Weights & Biases take all that TensorBoard is given; it must be asked before the writer is made."""
+    name = os.path.basename(os.path.normpath(run_folder))
+    settings = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=name, id=name, resume="allow")
+    try:
+        import wandb
+
+        wandb.init(**settings, dir=run_folder, sync_tensorboard=True, save_code=True, config=dataclasses.asdict(args))
+    except Exception as error:  # it is not installed, or there is no login
+        if args.resume is None:
+            shutil.rmtree(run_folder, ignore_errors=True)
+        fail(f"--track: {error}; expected Weights & Biases (pip install wandb) and a login, or WANDB_MODE=offline")
+
+
+class Writer(SummaryWriter):
+    """A SummaryWriter that goes on where a disk is full or a folder gone: entries of a minute are then lost."""
+
+    silent_until = 0.0  # on time.monotonic()
+
+    def __init__(self, run_folder, lock=None, **options):
+        super().__init__(run_folder, **options)
+        self.lock = lock
+
+    def attempt(self, method, *args, **kwargs):
+        if time.monotonic() < self.silent_until:
+            return
+        try:
+            method(self, *args, **kwargs)
+        except OSError as error:  # of an earlier entry, since a thread writes them
+            warn(f"{self.log_dir}: {error.strerror or error}; training goes on, a minute of its log is lost")
+            self.file_writer = self.all_writers = None  # the next entry opens a new file
+            self.silent_until = time.monotonic() + 60
+
+    add_scalar = functools.partialmethod(attempt, SummaryWriter.add_scalar)
+    add_image = functools.partialmethod(attempt, SummaryWriter.add_image)
+    add_histogram = functools.partialmethod(attempt, SummaryWriter.add_histogram)
+
+    def add_summary(self, summary, global_step):
+        """Of TensorBoard's own kind, as a film is."""
+        self.attempt(lambda self: self._get_file_writer().add_summary(summary, global_step))
+
+    def close(self):
+        self.attempt(SummaryWriter.close)
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
+
+
+class NoWriter:
+    """Stands in for the writer in all processes but the first."""
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: None
+
+
+def log_episodes(writer, infos, global_step):
+    """Write mean return and length of the episodes that ended in a step, if any did."""
+    if "episode" in infos:
+        ended, episode = infos["_episode"], infos["episode"]
+        writer.add_scalar("charts/episodic_return", episode["r"][ended].mean(), global_step)
+        writer.add_scalar("charts/episodic_length", episode["l"][ended].mean(), global_step)
+
+
+def log_evaluation(writer, returns, lengths, global_step):
+    """Write mean and standard deviation of an evaluation's returns (E,) and the mean of its lengths (E,)."""
+    for name, value in (("return", returns.mean()), ("return_std", returns.std()), ("length", lengths.mean())):
+        writer.add_scalar(f"charts/eval_{name}", value, global_step)
+
+
+def log_training(writer, learner, logs, charts, global_step):
+    """Write `logs`, scalars on the device by name, what the masks have become, and charts, plain values by name."""
+    for name, value in logs.items():
+        writer.add_scalar(name, value.item(), global_step)
+    for name, network in (("actor", learner.actor), ("critic", learner.critic)):
+        for layer, share in enumerate(sparsity(network).tolist(), start=1):
+            writer.add_scalar(f"masks/{name}_sparsity_layer{layer}", share, global_step)
+        writer.add_scalar(f"masks/{name}_difference", mask_difference(network).item(), global_step)
+    for name, value in charts.items():
+        writer.add_scalar(f"charts/{name}", value, global_step)
