@@ -10,8 +10,8 @@ for Heterogeneous Multi-agent Reinforcement Learning" (NeurIPS 2024, arXiv:2410.
 algorithm under them is MAPPO (Yu et al. 2022, arXiv:2103.01955) with HARL's networks and tuned values (Zhong et al.
 2024, arXiv:2304.09870).
 
-Letters in shapes: B batch, N agents, K critics, M masks (N for the actor, K for the critic), T steps, E environments,
-S numbers of state, O of an observation. A mask is a leading dimension of networks and losses.
+Letters in shapes: B batch, N agents, M masks, T steps, E environments, S numbers of state, O of an observation. A mask
+is a leading dimension of networks and losses.
 """
 
 import dataclasses
@@ -27,12 +27,15 @@ import torch.nn.functional as F
 import tyro
 from tqdm import tqdm
 
-from experiment import checkpoints, films, processes, saved_models
+from experiment import processes
+from experiment.checkpoints import check_resumed, read_checkpoint, restore_checkpoint, write_checkpoint
 from experiment.command_line import fail, require
+from experiment.films import open_viewer, save_film
 from experiment.hardware import device_type, keep_freed_memory, resolve_precision
-from experiment.mask_pictures import log_masks
+from experiment.mask_pictures import log_mask_shares, log_masks
 from experiment.processes import all_reduce_mean
-from experiment.run_folder import log_episodes, log_evaluation, log_training, open_run
+from experiment.run_folder import log_episodes, log_evaluation, log_scalars, open_run, reached
+from experiment.saved_models import evaluate_model, save_model
 from experiment.stopping import StopSignals, stop_if_diverged
 from mamujoco_env import MaMuJoCoVecEnv, agent_observations, standardise
 
@@ -94,16 +97,6 @@ class Args:
     actor_diversity_coef: float = 0.1  # beta: the diversity loss is scaled to this share of mean |surrogate|; 0: off
     actor_reset_interval: int = 1_000_000  # environment steps between two resets of weights that no mask keeps; 0: off
     actor_reset_ratio: float = 0.5  # probability that such a weight is reset
-
-    # masks of the critic, one a member of the ensemble
-    num_critics: int = 1  # members of the critic ensemble (K); a single one has no mask
-    ensemble_value: Literal["mean", "min"] = "mean"  # which of the members' values advantages are computed from
-    critic_threshold_scale: float = 20.0  # as actor_threshold_scale
-    critic_threshold_bias: float = 0.0  # as actor_threshold_bias
-    critic_diversity_coef: float = 0.1  # beta: the diversity loss is scaled to this share of the critic loss; 0: off
-    critic_reset_interval: int = 800_000  # environment steps between two resets of one member's thresholds; 0: off
-
-    # masks of both
     threshold_lr: float = 0.05  # Adam's learning rate for thresholds, which have a long way to go in few updates
     threshold_eps: float = 1e-12  # Adam's epsilon for thresholds, whose gradients are up to a million times smaller
     layer_weights: tuple[float, float, float, float] = (1.0, 2.0, 4.0, 8.0)  # lambda: layers in the diversity loss
@@ -259,11 +252,8 @@ class Actor(MaskedMLP):
     """
 
     def __init__(self, observation_size, low, high, args):
-        agents, act = low.shape
-        sizes, thresholds = (
-            (observation_size, args.hidden_size, act),
-            (args.actor_threshold_scale, args.actor_threshold_bias),
-        )
+        (agents, act), thresholds = low.shape, (args.actor_threshold_scale, args.actor_threshold_bias)
+        sizes = (observation_size, args.hidden_size, act)
         super().__init__(agents, sizes, thresholds, args.output_gain, args.sharing, args.precision)
         self.log_std = nn.Parameter(torch.ones(act if args.sharing == "full" else (agents, 1, act)))
         real = (high > low).astype(low.dtype)[:, None]  # (N, 1, act): 1 for an action, 0 for padding
@@ -302,12 +292,10 @@ class Actor(MaskedMLP):
 
 
 class Critic(MaskedMLP):
-    """An ensemble of K state values, one mask each, in std of returns: state (B, S) -> (K, B, 1)."""
+    """The state's value, in std of returns, by a network of the same kind without masks: state (B, S) -> (1, B, 1)."""
 
     def __init__(self, state_size, args):
-        sizes, thresholds = (state_size, args.hidden_size, 1), (args.critic_threshold_scale, args.critic_threshold_bias)
-        sharing = "kaleidoscope" if args.num_critics > 1 else "full"
-        super().__init__(args.num_critics, sizes, thresholds, 1.0, sharing, args.precision)
+        super().__init__(1, (state_size, args.hidden_size, 1), (20.0, 0.0), 1.0, "full", args.precision)
         self.value_norm = ValueNorm(args.value_norm_beta)
 
 
@@ -400,11 +388,6 @@ class AdaptiveCoefficient(nn.Module):
 
 
 # ---- Resets ----
-def reached(interval, previous_step, step):
-    """Whether the steps after previous_step, up to `step`, reached a multiple of `interval`; never if it is 0."""
-    return interval > 0 and step // interval > previous_step // interval
-
-
 def reset_due(interval, previous_step, step, total_steps):
     """Whether a multiple of `interval` was reached, and more than one interval is left before the run's end."""
     return reached(interval, previous_step, step) and total_steps - step > interval
@@ -420,18 +403,6 @@ def reset_actor(actor, ratio):
         layer.thresholds.copy_(torch.where(reset, layer.fresh_thresholds(), layer.thresholds))
         num_reset += reset.sum()
     return num_reset
-
-
-def member_to_reset(step, args):
-    """The ensemble's members take turns: 0 at the first reset, then 1, ..., K - 1, 0, ...."""
-    return (step // args.critic_reset_interval - 1) % args.num_critics
-
-
-@torch.no_grad()
-def reset_critic(critic, member):
-    """Draw one member's thresholds afresh."""
-    for layer in critic.layers:
-        layer.thresholds[member] = layer.fresh_thresholds()[member]
 
 
 # ---- Rollout, advantages, losses ----
@@ -464,7 +435,7 @@ class Batch(NamedTuple):
     actions: torch.Tensor  # (N, B, act)
     log_prob: torch.Tensor  # (N, B), of the policy before the updates
     advantages: torch.Tensor  # (B,), normalised: mean 0, std 1
-    values: torch.Tensor  # (K, B), in std of returns, of the critic before the updates
+    values: torch.Tensor  # (B,), in std of returns, of the critic before the updates
     returns: torch.Tensor  # (B,), in std of returns
 
 
@@ -489,9 +460,8 @@ def clipped_surrogate(ratio, advantages, clip):
 
 
 def clipped_value_loss(values, old_values, returns, clip, delta):
-    """The worse of the Huber losses of a value and of its clipped change: (K, B), (K, B), (B,) -> (K, B)."""
+    """The worse of the Huber losses of a value and of its clipped change, each (B,) -> (B,)."""
     clipped = old_values + (values - old_values).clamp(-clip, clip)
-    returns = returns.expand_as(values)
     losses = (F.huber_loss(each, returns, reduction="none", delta=delta) for each in (values, clipped))
     return torch.maximum(*losses)
 
@@ -519,7 +489,6 @@ class Learner(nn.Module):
         self.critic_optimizer = self.make_optimizer(self.critic, device)
         self.optimizers = [self.actor_optimizer, self.critic_optimizer]
         self.actor_coefficient = AdaptiveCoefficient(args.actor_diversity_coef, args.history_length, device)
-        self.critic_coefficient = AdaptiveCoefficient(args.critic_diversity_coef, args.history_length, device)
 
     def make_optimizer(self, network, device):
         """Adam, with learning rate and epsilon of their own for the thresholds."""
@@ -544,9 +513,8 @@ class Learner(nn.Module):
         args, critic, shape = self.args, self.critic, rollout.reward.shape
         state = standardise(rollout.state).flatten(0, 1)
         both = torch.cat([state, standardise(rollout.next_state).flatten(0, 1)])
-        predictions = critic(both, critic.effective_layers()).squeeze(-1)  # (K, 2 B)
-        combined = predictions.mean(0) if args.ensemble_value == "mean" else predictions.amin(0)
-        values, next_values = critic.value_norm.denormalise(combined).view(2, *shape)
+        predictions = critic(both, critic.effective_layers()).flatten()  # (2 B,)
+        values, next_values = critic.value_norm.denormalise(predictions).view(2, *shape)
         ends = (rollout.terminated, rollout.truncated)
         advantages = estimate_advantages(rollout.reward, values, next_values, *ends, args.gamma, args.gae_lambda)
         returns = advantages + values
@@ -562,7 +530,7 @@ class Learner(nn.Module):
             actions=actions,
             log_prob=self.actor.log_prob(obs, actions, self.actor.effective_layers()),
             advantages=((advantages - mean) / (std + 1e-5)).flatten(),
-            values=predictions[:, : len(state)].contiguous(),
+            values=predictions[: len(state)],
             returns=critic.value_norm.normalise(returns).flatten(),
         )
         explained = 1 - advantages.var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
@@ -605,22 +573,13 @@ class Learner(nn.Module):
         }
 
     def update_critic(self, batch, rows):
-        """One step of all members on `rows`: (b,) or a slice. Returns its losses as detached scalars."""
+        """One step of the critic on `rows`: (b,) or a slice. Returns its loss as a detached scalar."""
         args = self.args
-        values = self.critic(batch.state[rows], self.critic.effective_layers()).squeeze(-1)  # (K, b)
-        old_values, returns = batch.values[:, rows], batch.returns[rows]
-        losses = clipped_value_loss(values, old_values, returns, args.clip, args.huber_delta)
-        loss = losses.mean(-1).sum(-1)
-        diversity = torch.zeros_like(loss)  # of a single member
-        if args.num_critics > 1:
-            diversity = diversity_loss(self.critic, args.layer_weights, args.weighted_diversity)
-        coefficient = self.critic_coefficient(loss, diversity)
-        self.step(self.critic_optimizer, self.critic, loss + coefficient * diversity)
-        return {
-            "losses/value": loss.detach(),
-            "losses/critic_diversity": diversity.detach(),
-            "coefficients/critic": coefficient,
-        }
+        values = self.critic(batch.state[rows], self.critic.effective_layers()).flatten()  # (b,)
+        losses = clipped_value_loss(values, batch.values[rows], batch.returns[rows], args.clip, args.huber_delta)
+        loss = losses.mean()
+        self.step(self.critic_optimizer, self.critic, loss)
+        return {"losses/value": loss.detach()}
 
     def update(self, rollout):
         """All updates on a rollout. Returns losses by name, their means over the updates."""
@@ -640,32 +599,30 @@ class Learner(nn.Module):
 class GraphedUpdate:
     """Calls `update`, compiled if asked for, and on a GPU as a CUDA graph: recorded once, launched as a whole.
 
-    Launched one by one from Python, thousands of small kernels take longer than they run. A graph does again, on the
-    same memory, what was recorded: it freezes what is no tensor, such as learning rates and coefficients that are
-    numbers in Python, and which way an `if` went. `update` takes nothing, must not wait for the device, and returns a
-    dict of tensors: the same ones each time, with new values.
+    A graph does again, on the same memory, what was recorded. It freezes what is no tensor: numbers in Python, such as
+    coefficients, and which way an `if` went. `update` must not wait for the device, and returns a dict of tensors.
     """
 
     def __init__(self, update, device, cudagraph, compile):
         if compile:
             torch._inductor.config.fallback_random = True  # draws what it would draw if it were not compiled
             update = torch.compile(update)
-        self.update, self.graph, self.logs, self.calls = update, None, None, 0
+        self.update, self.calls, self.graph = update, 0, None
         self.stream = torch.cuda.Stream(device) if cudagraph and device.type == "cuda" else None
 
     def __call__(self):
+        self.calls += 1
         if self.stream is None:
             return self.update()
-        self.calls += 1
-        if self.calls <= 3:  # what is made once (Adam's moments, workspaces, compiled code) is made before recording
+        if self.calls <= 3:  # what is made once, such as Adam's moments, is made before recording, on the same stream
             self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):  # as in recording: gradients remember the stream they were made on
+            with torch.cuda.stream(self.stream):
                 logs = self.update()
             torch.cuda.current_stream().wait_stream(self.stream)
             return logs
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):  # changes nothing, and is followed by a launch
+            with torch.cuda.graph(self.graph):  # records, and changes nothing
                 self.logs = self.update()
         self.graph.replay()
         return self.logs
@@ -684,8 +641,7 @@ def make_env(args, seed, num_envs):
 def evaluate(actor, envs, seed, watch=None):
     """Deterministic actions until every environment's first episode has ended: returns (E,), lengths (E,).
 
-    To wait for every first episode, and for no other, counts long and short ones alike. `watch` is called before each
-    step of environment 0's.
+    To wait for all first episodes, and no others, counts long and short ones alike. `watch` sees environment 0's.
     """
     layers, device = actor.effective_layers(), actor.low.device
     returns, lengths, finished = np.zeros(envs.num_envs), np.zeros(envs.num_envs), np.zeros(envs.num_envs, bool)
@@ -693,8 +649,7 @@ def evaluate(actor, envs, seed, watch=None):
     while not finished.all():
         if watch is not None and not finished[0]:
             watch()
-        actions = actor.act(torch.as_tensor(obs, device=device), layers)
-        obs, _, _, _, infos = envs.step(actions.cpu().numpy())
+        obs, _, _, _, infos = envs.step(actor.act(torch.as_tensor(obs, device=device), layers).cpu().numpy())
         if "episode" in infos:
             first = infos["_episode"] & ~finished
             returns[first], lengths[first] = infos["episode"]["r"][first], infos["episode"]["l"][first]
@@ -710,8 +665,8 @@ def parse_args(argv=None):
     """
     args, checkpoint = tyro.cli(Args, args=argv), None
     if args.resume is not None:
-        checkpoint = checkpoints.read_checkpoint(args.resume, Args)
-        args = checkpoints.check_resumed(tyro.cli(Args, args=argv, default=checkpoint["args"]), checkpoint)
+        checkpoint = read_checkpoint(args.resume, Args)
+        args = check_resumed(tyro.cli(Args, args=argv, default=checkpoint["args"]), checkpoint)
     if args.env_id is None and args.evaluate is None:
         args.env_id = "Ant-v2-4x2"
     for name, tuned in zip(TUNED_FLAGS, TUNED.get(str(args.env_id).replace("-v5", "-v2"), UNTUNED), strict=True):
@@ -721,8 +676,6 @@ def parse_args(argv=None):
         require(getattr(args, name) >= 1, f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
     rows, parts = args.rollout_steps * args.num_envs, args.num_minibatches
     require(parts <= rows, f"--num-minibatches is {parts}, expected at most the {rows} steps of a rollout")
-    has_device = args.device != "cuda" or torch.cuda.is_available()
-    require(has_device, "--device is cuda, expected cpu or auto: PyTorch finds no CUDA device here")
     args.precision = resolve_precision(args.precision, device_type(args.device))
     return args, checkpoint
 
@@ -732,39 +685,37 @@ def main():
     args, checkpoint = parse_args()
     device, rank, num_processes = processes.setup_processes(args.device)
     if args.evaluate is not None:
-        return saved_models.evaluate_model(args, device, Actor, make_env, evaluate)
-
-    # set up
+        return evaluate_model(args, device, Actor, make_env, evaluate)
     keep_freed_memory()
     stop = StopSignals()
-    torch.manual_seed(args.seed)  # the same weights in all processes
-    seed = processes.seed_of_process(args.seed, rank)  # and other environments and draws
+
+    # set up: the same weights in all processes, other environments and draws
+    torch.manual_seed(args.seed)
+    seed = processes.seed_of_process(args.seed, rank)
     envs = make_env(args, seed, args.num_envs)
     space, num_envs = envs.single_action_space, args.num_envs * num_processes
     learner = Learner(envs.state_size, space.low, space.high, args, device, envs.columns)
-    actor, critic = learner.actor, learner.critic
+    actor = learner.actor
     rollout = Rollout(args.rollout_steps, args.num_envs, envs.state_size, space.shape, device)
     eval_envs = make_env(args, args.seed, args.eval_episodes) if args.eval_episodes and rank == 0 else None
-    viewer = films.open_viewer(args, eval_envs)
+    viewer = open_viewer(args, eval_envs)
 
-    graph = (device, args.cudagraph and num_processes == 1, args.compile)  # averaging in a graph is untried
-    update = GraphedUpdate(lambda: learner.update(rollout), *graph)
+    graph = args.cudagraph and num_processes == 1  # averaging gradients in a graph is untried
+    update = GraphedUpdate(lambda: learner.update(rollout), device, graph, args.compile)
     if rank > 0:
         torch.manual_seed(seed)
     num_threads, rollout_size = torch.get_num_threads(), args.rollout_steps * num_envs
-    num_steps = -(-args.total_timesteps // rollout_size) * rollout_size
-    global_step = num_updates = 0
-    learnt_steps, seconds, status, stopping = 0, 0.0, {}, False  # the first two without evaluation
+    global_step, num_updates, status, stopping = 0, 0, {}, False
     obs, _ = envs.reset()
     if checkpoint is not None:
-        obs, counters, _ = checkpoints.restore_checkpoint(checkpoint, learner, envs)
-        global_step, num_updates = counters.values()
+        obs, (global_step, num_updates), _ = restore_checkpoint(checkpoint, learner, envs)
     state = envs.state
     run_folder, writer = open_run(args, global_step, rank)
     if rank == 0:
         flags = ", ".join(f"{name} {getattr(args, name)}" for name in ("sharing", *TUNED_FLAGS, "precision"))
         print(f"{run_folder} on {num_processes} x {device}: {flags}, observations of {obs.shape[-1]} numbers")
-    progress = tqdm(total=num_steps, initial=global_step, unit="step", unit_scale=True, disable=rank > 0)
+    last_step = -(-args.total_timesteps // rollout_size) * rollout_size  # a rollout is always whole
+    progress = tqdm(total=last_step, initial=global_step, unit="step", unit_scale=True, disable=rank > 0)
 
     while global_step < args.total_timesteps and not stopping:
         previous_step, round_start = global_step, time.perf_counter()
@@ -791,50 +742,37 @@ def main():
         logs = update()
         num_updates += args.num_epochs * args.num_minibatches
         if reset_due(args.actor_reset_interval, previous_step, global_step, args.total_timesteps):
-            num_reset = reset_actor(actor, args.actor_reset_ratio)
+            num_reset = reset_actor(actor, args.actor_reset_ratio).item()
             processes.broadcast_parameters(actor)
-            writer.add_scalar("resets/actor_weights", num_reset.item(), global_step)
-        critic_reset_due = reset_due(args.critic_reset_interval, previous_step, global_step, args.total_timesteps)
-        if args.num_critics > 1 and critic_reset_due:
-            member = member_to_reset(global_step, args)
-            reset_critic(critic, member)
-            processes.broadcast_parameters(critic)
-            writer.add_scalar("resets/critic_member", member, global_step)
+            writer.add_scalar("resets/actor_weights", num_reset, global_step)
 
         # log
         stop_if_diverged(learner, logs, num_updates, writer)
-        seconds += time.perf_counter() - round_start
-        learnt_steps += global_step - previous_step
-        status["SPS"] = int(learnt_steps / seconds)
+        status["SPS"] = int((global_step - previous_step) / (time.perf_counter() - round_start))
         if reached(args.log_interval, previous_step, global_step):
             charts = dict(updates=num_updates, unstable_episodes=infos["unstable"], SPS=status["SPS"])
-            log_training(writer, learner, logs, charts, global_step)
+            log_scalars(writer, logs, charts, global_step)
+            log_mask_shares(writer, learner, global_step)
 
         # evaluate, save
         finished = global_step >= args.total_timesteps
         stopping = not finished and processes.any_process(stop.received is not None, device)
         eval_due = finished or reached(args.eval_interval, previous_step, global_step)
+        checkpoint_due = finished or stopping or reached(args.checkpoint_interval, previous_step, global_step)
         if eval_due and eval_envs is not None:
             returns, lengths = evaluate(actor, eval_envs, args.seed, viewer)
-            log_evaluation(writer, returns, lengths, global_step)
-            log_masks(writer, "actor", actor, global_step)
-            log_masks(writer, "critic", critic, global_step)
-            status["eval"] = f"{returns.mean():.1f}+-{returns.std():.1f}"
-            if args.capture_video:
-                films.save_film(viewer, os.path.join(run_folder, f"evaluation_{global_step}.gif"), writer, global_step)
+            status["eval"] = log_evaluation(writer, returns, lengths, global_step)
+            log_masks(writer, learner, global_step)
+            save_film(viewer, run_folder, writer, global_step)
         if eval_due and args.save_model and rank == 0:
-            saved_models.save_model(os.path.join(run_folder, "model.pt"), learner, global_step)
-        checkpoint_due = finished or stopping or reached(args.checkpoint_interval, previous_step, global_step)
+            save_model(run_folder, learner, global_step)
         if args.checkpoint_interval and checkpoint_due:
-            counters = dict(global_step=global_step, num_updates=num_updates)
-            took = checkpoints.write_checkpoint(run_folder, learner, envs, obs, counters)
-            writer.add_scalar("charts/checkpoint_seconds", took, global_step)
+            write_checkpoint(run_folder, writer, learner, envs, obs, (global_step, num_updates))
         progress.set_postfix(status, refresh=False)
         progress.update(global_step - previous_step)
 
-    progress.close()
-    writer.close()
-    envs.close()
+    for each in (progress, writer, envs):
+        each.close()
     processes.end_processes()
     if stopping:
         stop.exit()

@@ -26,12 +26,15 @@ import torch.nn as nn
 import tyro
 from tqdm import tqdm
 
-from experiment import checkpoints, films, processes, saved_models
+from experiment import processes
+from experiment.checkpoints import check_resumed, read_checkpoint, restore_checkpoint, write_checkpoint
 from experiment.command_line import fail, require
+from experiment.films import open_viewer, save_film
 from experiment.hardware import device_type, keep_freed_memory, resolve_precision
-from experiment.mask_pictures import log_masks
+from experiment.mask_pictures import log_mask_shares, log_masks
 from experiment.processes import all_reduce_mean
-from experiment.run_folder import log_episodes, log_evaluation, log_training, open_run
+from experiment.run_folder import log_episodes, log_evaluation, log_scalars, open_run, reached
+from experiment.saved_models import evaluate_model, save_model
 from experiment.stopping import StopSignals, stop_if_diverged
 from mamujoco_env import MaMuJoCoVecEnv, agent_observations, standardise
 
@@ -54,7 +57,6 @@ class Args:
     wandb_project_name: str = "kaleidoscope-mamujoco"  # Weights & Biases' project
     wandb_entity: str | None = None  # Weights & Biases' user or team
     checkpoint_interval: int = 0  # environment steps between two checkpoints, for --resume; 0: none
-    checkpoint_buffer: bool = True  # keep the replay buffer in checkpoints; else a resumed run fills a new one first
     resume: str | None = None  # go on with the run in this folder, with its flags; --total-timesteps may move its end
     evaluate: str | None = None  # do not train: evaluate the model in this file, on the task it was trained on
 
@@ -303,11 +305,6 @@ class AdaptiveCoefficient(nn.Module):
 
 
 # ---- Resets ----
-def reached(interval, previous_step, step):
-    """Whether the steps after previous_step, up to `step`, reached a multiple of `interval`; never if it is 0."""
-    return interval > 0 and step // interval > previous_step // interval
-
-
 def reset_due(interval, previous_step, step, total_steps):
     """Whether a multiple of `interval` was reached, and more than one interval is left before the run's end."""
     return reached(interval, previous_step, step) and total_steps - step > interval
@@ -539,32 +536,30 @@ class Learner(nn.Module):
 class GraphedUpdate:
     """Calls `update`, compiled if asked for, and on a GPU as a CUDA graph: recorded once, launched as a whole.
 
-    Launched one by one from Python, thousands of small kernels take longer than they run. A graph does again, on the
-    same memory, what was recorded: it freezes what is no tensor, such as learning rates and coefficients that are
-    numbers in Python, and which way an `if` went. `update` takes nothing, must not wait for the device, and returns a
-    dict of tensors: the same ones each time, with new values.
+    A graph does again, on the same memory, what was recorded. It freezes what is no tensor: numbers in Python, such as
+    coefficients, and which way an `if` went. `update` must not wait for the device, and returns a dict of tensors.
     """
 
     def __init__(self, update, device, cudagraph, compile):
         if compile:
             torch._inductor.config.fallback_random = True  # draws what it would draw if it were not compiled
             update = torch.compile(update)
-        self.update, self.graph, self.logs, self.calls = update, None, None, 0
+        self.update, self.calls, self.graph = update, 0, None
         self.stream = torch.cuda.Stream(device) if cudagraph and device.type == "cuda" else None
 
     def __call__(self):
+        self.calls += 1
         if self.stream is None:
             return self.update()
-        self.calls += 1
-        if self.calls <= 3:  # what is made once (Adam's moments, workspaces, compiled code) is made before recording
+        if self.calls <= 3:  # what is made once, such as Adam's moments, is made before recording, on the same stream
             self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):  # as in recording: gradients remember the stream they were made on
+            with torch.cuda.stream(self.stream):
                 logs = self.update()
             torch.cuda.current_stream().wait_stream(self.stream)
             return logs
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):  # changes nothing, and is followed by a launch
+            with torch.cuda.graph(self.graph):  # records, and changes nothing
                 self.logs = self.update()
         self.graph.replay()
         return self.logs
@@ -583,8 +578,7 @@ def make_env(args, seed, num_envs):
 def evaluate(actor, envs, seed, watch=None):
     """Deterministic actions until every environment's first episode has ended: returns (E,), lengths (E,).
 
-    To wait for every first episode, and for no other, counts long and short ones alike. `watch` is called before each
-    step of environment 0's.
+    To wait for all first episodes, and no others, counts long and short ones alike. `watch` sees environment 0's.
     """
     layers, device = actor.effective_layers(), actor.low.device
     returns, lengths, finished = np.zeros(envs.num_envs), np.zeros(envs.num_envs), np.zeros(envs.num_envs, bool)
@@ -592,8 +586,7 @@ def evaluate(actor, envs, seed, watch=None):
     while not finished.all():
         if watch is not None and not finished[0]:
             watch()
-        actions = actor.act(torch.as_tensor(obs, device=device), layers)
-        obs, _, _, _, infos = envs.step(actions.cpu().numpy())
+        obs, _, _, _, infos = envs.step(actor.act(torch.as_tensor(obs, device=device), layers).cpu().numpy())
         if "episode" in infos:
             first = infos["_episode"] & ~finished
             returns[first], lengths[first] = infos["episode"]["r"][first], infos["episode"]["l"][first]
@@ -609,8 +602,8 @@ def parse_args(argv=None):
     """
     args, checkpoint = tyro.cli(Args, args=argv), None
     if args.resume is not None:
-        checkpoint = checkpoints.read_checkpoint(args.resume, Args)
-        args = checkpoints.check_resumed(tyro.cli(Args, args=argv, default=checkpoint["args"]), checkpoint)
+        checkpoint = read_checkpoint(args.resume, Args)
+        args = check_resumed(tyro.cli(Args, args=argv, default=checkpoint["args"]), checkpoint)
     if args.env_id is None and args.evaluate is None:
         args.env_id = "Ant-v2-4x2"
     tuned_values = TUNED.get(str(args.env_id).replace("-v5", "-v2"), UNTUNED)
@@ -623,8 +616,6 @@ def parse_args(argv=None):
     require(steps > warmup, f"--total-timesteps is {steps}, expected more than --warmup-steps {warmup}")
     expected = f"at most the {stored} transitions that the warm-up stores"
     require(args.batch_size <= stored, f"--batch-size is {args.batch_size}, expected {expected}")
-    has_device = args.device != "cuda" or torch.cuda.is_available()
-    require(has_device, "--device is cuda, expected cpu or auto: PyTorch finds no CUDA device here")
     args.precision = resolve_precision(args.precision, device_type(args.device))
     return args, checkpoint
 
@@ -634,13 +625,13 @@ def main():
     args, checkpoint = parse_args()
     device, rank, num_processes = processes.setup_processes(args.device)
     if args.evaluate is not None:
-        return saved_models.evaluate_model(args, device, Actor, make_env, evaluate)
-
-    # set up
+        return evaluate_model(args, device, Actor, make_env, evaluate)
     keep_freed_memory()
     stop = StopSignals()
-    torch.manual_seed(args.seed)  # the same weights in all processes
-    seed = processes.seed_of_process(args.seed, rank)  # and other environments and draws
+
+    # set up: the same weights in all processes, other environments and draws
+    torch.manual_seed(args.seed)
+    seed = processes.seed_of_process(args.seed, rank)
     envs = make_env(args, seed, args.num_envs)
     space, num_envs = envs.single_action_space, args.num_envs * num_processes
     learner = Learner(envs.state_size, space.low, space.high, args, device, envs.columns)
@@ -649,23 +640,19 @@ def main():
     sizes = (buffer_rows, args.num_envs, envs.state_size, space.shape)
     replay = Replay(*sizes, args.n_step, args.gamma, device, envs.columns)
     eval_envs = make_env(args, args.seed, args.eval_episodes) if args.eval_episodes and rank == 0 else None
-    viewer = films.open_viewer(args, eval_envs)
+    viewer = open_viewer(args, eval_envs)
 
     def update(with_policy):
         return learner.update(replay.sample(-(-args.batch_size // num_processes)), with_policy)
 
-    graph = (device, args.cudagraph and num_processes == 1, args.compile)  # averaging in a graph is untried
+    graph = (device, args.cudagraph and num_processes == 1, args.compile)  # averaging gradients in a graph is untried
     updates = [GraphedUpdate(functools.partial(update, with_policy), *graph) for with_policy in (False, True)]
     if rank > 0:
         torch.manual_seed(seed)
-    global_step, num_updates, learning_starts, logs = 0, 0, args.warmup_steps, {}
-    learnt_steps, seconds, status, stopping = 0, 0.0, {}, False  # the first two without warm-up and evaluation
+    global_step, num_updates, logs, status, stopping = 0, 0, {}, {}, False
     obs, _ = envs.reset()
     if checkpoint is not None:
-        obs, counters, logs = checkpoints.restore_checkpoint(checkpoint, learner, envs, replay)
-        global_step, num_updates, learning_starts = counters.values()
-        if checkpoint.pop("replay") is None:  # and frees this copy of it
-            learning_starts = global_step + args.warmup_steps
+        obs, (global_step, num_updates), logs = restore_checkpoint(checkpoint, learner, envs, replay)
     state = envs.state
     run_folder, writer = open_run(args, global_step, rank)
     if rank == 0:
@@ -698,12 +685,11 @@ def main():
         replay.add(steps)
 
         # learn: what is reset learns before it acts
-        learning = global_step > learning_starts
-        if learning:
+        if global_step > args.warmup_steps:
             if reset_due(args.actor_reset_interval, previous_step, global_step, args.total_timesteps):
-                num_reset = reset_actor(actor, args.actor_reset_ratio)
+                num_reset = reset_actor(actor, args.actor_reset_ratio).item()
                 processes.broadcast_parameters(actor)
-                writer.add_scalar("resets/actor_weights", num_reset.item(), global_step)
+                writer.add_scalar("resets/actor_weights", num_reset, global_step)
             if reset_due(args.critic_reset_interval, previous_step, global_step, args.total_timesteps):
                 member = member_to_reset(global_step, args)
                 reset_critic(critic, member)
@@ -712,43 +698,34 @@ def main():
             for _ in range(args.updates_per_round):
                 num_updates += 1
                 logs |= updates[num_updates % args.policy_freq == 0]()
+            stop_if_diverged(learner, logs, num_updates, writer)
+            status["SPS"] = int((global_step - previous_step) / (time.perf_counter() - round_start))
 
         # log
-        if learning:
-            stop_if_diverged(learner, logs, num_updates, writer)
-            seconds += time.perf_counter() - round_start
-            learnt_steps += global_step - previous_step
-            status["SPS"] = int(learnt_steps / seconds)
-            if reached(args.log_interval, previous_step, global_step):
-                charts = dict(updates=num_updates, unstable_episodes=infos["unstable"], SPS=status["SPS"])
-                log_training(writer, learner, logs, charts, global_step)
+        if logs and reached(args.log_interval, previous_step, global_step):
+            charts = dict(updates=num_updates, unstable_episodes=infos["unstable"], SPS=status["SPS"])
+            log_scalars(writer, logs, charts, global_step)
+            log_mask_shares(writer, learner, global_step)
 
         # evaluate, save
         finished = global_step >= args.total_timesteps
         stopping = not finished and processes.any_process(stop.received is not None, device)
         eval_due = finished or reached(args.eval_interval, previous_step, global_step)
+        checkpoint_due = finished or stopping or reached(args.checkpoint_interval, previous_step, global_step)
         if eval_due and eval_envs is not None:
             returns, lengths = evaluate(actor, eval_envs, args.seed, viewer)
-            log_evaluation(writer, returns, lengths, global_step)
-            log_masks(writer, "actor", actor, global_step)
-            log_masks(writer, "critic", critic, global_step)
-            status["eval"] = f"{returns.mean():.1f}+-{returns.std():.1f}"
-            if args.capture_video:
-                films.save_film(viewer, os.path.join(run_folder, f"evaluation_{global_step}.gif"), writer, global_step)
+            status["eval"] = log_evaluation(writer, returns, lengths, global_step)
+            log_masks(writer, learner, global_step)
+            save_film(viewer, run_folder, writer, global_step)
         if eval_due and args.save_model and rank == 0:
-            saved_models.save_model(os.path.join(run_folder, "model.pt"), learner, global_step)
-        checkpoint_due = finished or stopping or reached(args.checkpoint_interval, previous_step, global_step)
+            save_model(run_folder, learner, global_step)
         if args.checkpoint_interval and checkpoint_due:
-            counters = dict(global_step=global_step, num_updates=num_updates, learning_starts=learning_starts)
-            parts = (learner, envs, obs, counters, logs, replay if args.checkpoint_buffer else None)
-            took = checkpoints.write_checkpoint(run_folder, *parts)
-            writer.add_scalar("charts/checkpoint_seconds", took, global_step)
+            write_checkpoint(run_folder, writer, learner, envs, obs, (global_step, num_updates), logs, replay)
         progress.set_postfix(status, refresh=False)
         progress.update(global_step - previous_step)
 
-    progress.close()
-    writer.close()
-    envs.close()
+    for each in (progress, writer, envs):
+        each.close()
     processes.end_processes()
     if stopping:
         stop.exit()

@@ -23,7 +23,7 @@ DIGEST = "sha256"
 REPLAY_ARRAYS = ("state", "actions", "reward", "terminated", "ended")
 # what a resumed run may be given anew, since none of it changes what the run has learnt so far
 MAY_CHANGE = "resume total_timesteps device num_threads log_interval eval_interval eval_episodes save_model"
-MAY_CHANGE += " checkpoint_interval checkpoint_buffer cudagraph compile capture_video render track wandb_project_name"
+MAY_CHANGE += " checkpoint_interval cudagraph compile capture_video render track wandb_project_name"
 MAY_CHANGE = frozenset(f"{MAY_CHANGE} wandb_entity".split())
 
 
@@ -84,12 +84,12 @@ def refuse_damage(path, expected):
 
 
 # ---- Checkpoints ----
-def write_checkpoint(run_folder, learner, envs, obs, counters, logs=None, replay=None):
-    """Write all that the rest of the run depends on. Returns the seconds it took.
+def write_checkpoint(run_folder, writer, learner, envs, obs, counters, logs=None, replay=None):
+    """Write all that the rest of the run depends on, and log the seconds it took.
 
-    learner: a module with a list `optimizers` and the arguments as `args`; counters: plain values by name, global_step
-    among them; logs: the latest losses by name; replay: MATD3's, or None to leave it out. What optimisers are set to,
-    such as learning rates, is not in it: that follows from the arguments and the step.
+    learner: a module with a list `optimizers` and the arguments as `args`; counters: plain numbers, the step first;
+    logs: the latest losses by name; replay: MATD3's. What optimisers are set to, such as learning rates, is not in it:
+    that follows from the arguments and the step.
     """
     start = time.perf_counter()
     random, device = {"cpu": torch.get_rng_state()}, next(learner.parameters()).device
@@ -102,7 +102,7 @@ def write_checkpoint(run_folder, learner, envs, obs, counters, logs=None, replay
         "args": dataclasses.asdict(learner.args),
         "learner": learner.state_dict(),
         "optimizers": [optimizer.state_dict()["state"] for optimizer in learner.optimizers],
-        "counters": counters,
+        "counters": list(counters),
         "logs": logs or {},
     }
     env_state = envs.get_state().items()
@@ -114,14 +114,14 @@ def write_checkpoint(run_folder, learner, envs, obs, counters, logs=None, replay
     }
     # the first process's file comes last: it says from which step the others' have to be, and so these, and their
     # older ones, stay until it is whole
-    path = process_file(run_folder, rank, counters["global_step"])
+    path = process_file(run_folder, rank, counters[0])
     written = rank == 0 or write(path, own)
     if not any_process(not written, device):
         written = rank > 0 or write(os.path.join(run_folder, "checkpoint.pt"), shared | own)
         if not any_process(not written, device) and rank > 0:
             for older in set(glob.glob(process_file(glob.escape(run_folder), rank, "*"))) - {path}:
                 os.remove(older)
-    return time.perf_counter() - start
+    writer.add_scalar("charts/checkpoint_seconds", time.perf_counter() - start, counters[0])
 
 
 def process_file(run_folder, rank, step):
@@ -143,7 +143,7 @@ def read_checkpoint(run_folder, args_class):
 
 def check_resumed(args, checkpoint):
     """The arguments, if the run can go on with them; fails if not."""
-    before, step = checkpoint["args"], checkpoint["counters"]["global_step"]
+    before, step = checkpoint["args"], checkpoint["counters"][0]
     for name, old in dataclasses.asdict(before).items():
         new, flag = getattr(args, name), f"--{name.replace('_', '-')}"
         if new != old and name not in MAY_CHANGE:
@@ -158,7 +158,7 @@ def check_resumed(args, checkpoint):
 
 
 def restore_checkpoint(checkpoint, learner, envs, replay=None):
-    """Put learner, environments, generators and, where it was kept, replay back where they were.
+    """Put learner, environments, generators and replay back where they were.
 
     Returns obs, counters and logs, as write_checkpoint was given them.
     """
@@ -167,7 +167,7 @@ def restore_checkpoint(checkpoint, learner, envs, replay=None):
     if processes != checkpoint["processes"]:
         fail(f"--resume: {path} is of {checkpoint['processes']} processes, expected as many, not {processes}")
     if rank > 0:
-        path = process_file(os.path.dirname(path), rank, checkpoint["counters"]["global_step"])
+        path = process_file(os.path.dirname(path), rank, checkpoint["counters"][0])
         with refuse_damage(f"--resume: {path}", expected):
             checkpoint |= read(path)
     with refuse_damage(f"--resume: {path}", expected):
@@ -177,8 +177,8 @@ def restore_checkpoint(checkpoint, learner, envs, replay=None):
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         arrays = {name: x.numpy() if isinstance(x, torch.Tensor) else x for name, x in checkpoint["envs"].items()}
         envs.set_state(arrays)
-        if replay is not None and checkpoint["replay"] is not None:
-            unpack_replay(replay, checkpoint["replay"])
+        if replay is not None:
+            unpack_replay(replay, checkpoint.pop("replay"))  # and frees this copy of it
         torch.set_rng_state(checkpoint["random"]["cpu"])
         if device.type == "cuda" and "cuda" in checkpoint["random"]:
             torch.cuda.set_rng_state(checkpoint["random"]["cuda"], device)

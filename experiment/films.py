@@ -124,13 +124,18 @@ def open_viewer(args, envs):
         fail(f"{flag}: {' '.join(str(error).split())[:200]}; expected {needs}")
 
 
-def save_film(film, path, writer=None, global_step=None):
-    """Write what was filmed to a GIF and, as a moving image, to TensorBoard. Returns whether the file was written."""
-    gif = film.take()
-    if writer is not None:
+def save_film(viewer, run_folder, writer, global_step):
+    """Write what a Film has taken to a GIF in the folder and, as a moving image, to TensorBoard; else do nothing."""
+    if isinstance(viewer, Film):
+        gif = viewer.take()
         width, height = struct.unpack("<HH", gif[6:10])
         image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
         writer.add_summary(Summary(value=[Summary.Value(tag="videos/evaluation", image=image)]), global_step)
+        write_gif(gif, os.path.join(run_folder, f"evaluation_{global_step}.gif"))
+
+
+def write_gif(gif, path):
+    """Write the bytes of a GIF. Returns whether the file was written; if not, a line on stderr says why."""
     try:
         with open(path, "wb") as file:
             file.write(gif)

@@ -5,11 +5,13 @@ import ctypes
 
 import torch
 
-from experiment.command_line import warn
+from experiment.command_line import fail, warn
 
 
 def device_type(device):
-    """ "cpu" or "cuda", from auto, cpu or cuda."""
+    """What auto, cpu or cuda means here: cpu or cuda. Fails where a GPU is asked for and there is none."""
+    if device == "cuda" and not torch.cuda.is_available():
+        fail("--device is cuda, expected cpu or auto: PyTorch finds no CUDA device here")
     return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 

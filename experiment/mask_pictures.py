@@ -153,13 +153,25 @@ def draw(network, name):
 
 
 # ---- TensorBoard ----
-def log_masks(writer, name, network, step):
-    """Write the picture, each layer's thresholds and weights as histograms of log10, and two shares of weights.
+def log_mask_shares(writer, learner, step):
+    """Write each layer's share of zeros, and the share of weights that one mask keeps and another drops."""
+    for name, network in (("actor", learner.actor), ("critic", learner.critic)):
+        for layer, share in enumerate(sparsity(network).tolist(), start=1):
+            writer.add_scalar(f"masks/{name}_sparsity_layer{layer}", share, step)
+        writer.add_scalar(f"masks/{name}_difference", mask_difference(network).item(), step)
+
+
+def log_masks(writer, learner, step):
+    """Write pictures, each layer's thresholds and weights as histograms of log10, and two shares of weights.
 
     Writes nothing for a network without masks, where all thresholds are below UNMASKED.
     """
-    if not masks_act(network):
-        return
+    for name, network in (("actor", learner.actor), ("critic", learner.critic)):
+        if masks_act(network):
+            log_network(writer, name, network, step)
+
+
+def log_network(writer, name, network, step):
     canvas = draw(network, name).canvas
     canvas.draw()
     writer.add_image(f"masks/{name}", np.asarray(canvas.buffer_rgba())[..., :3], step, dataformats="HWC")

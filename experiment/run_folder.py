@@ -15,7 +15,6 @@ except ImportError:  # Windows
 from torch.utils.tensorboard import SummaryWriter
 
 from experiment.command_line import fail, warn
-from experiment.mask_pictures import mask_difference, sparsity
 from experiment.processes import broadcast_object
 
 
@@ -141,18 +140,18 @@ def log_episodes(writer, infos, global_step):
 
 
 def log_evaluation(writer, returns, lengths, global_step):
-    """Write mean and standard deviation of an evaluation's returns (E,) and the mean of its lengths (E,)."""
+    """Write mean and standard deviation of an evaluation's returns (E,) and the mean of its lengths (E,), and tell."""
     for name, value in (("return", returns.mean()), ("return_std", returns.std()), ("length", lengths.mean())):
         writer.add_scalar(f"charts/eval_{name}", value, global_step)
+    return f"{returns.mean():.1f}+-{returns.std():.1f}"
 
 
-def log_training(writer, learner, logs, charts, global_step):
-    """Write `logs`, scalars on the device by name, what the masks have become, and charts, plain values by name."""
-    for name, value in logs.items():
-        writer.add_scalar(name, value.item(), global_step)
-    for name, network in (("actor", learner.actor), ("critic", learner.critic)):
-        for layer, share in enumerate(sparsity(network).tolist(), start=1):
-            writer.add_scalar(f"masks/{name}_sparsity_layer{layer}", share, global_step)
-        writer.add_scalar(f"masks/{name}_difference", mask_difference(network).item(), global_step)
-    for name, value in charts.items():
-        writer.add_scalar(f"charts/{name}", value, global_step)
+def log_scalars(writer, logs, charts, global_step):
+    """Write `logs`, scalars on the device by name, and charts, plain values by name."""
+    for name, value in (*logs.items(), *((f"charts/{name}", value) for name, value in charts.items())):
+        writer.add_scalar(name, float(value), global_step)
+
+
+def reached(interval, previous_step, step):
+    """Whether the steps after previous_step, up to `step`, reached a multiple of `interval`; never if it is 0."""
+    return interval > 0 and step // interval > previous_step // interval

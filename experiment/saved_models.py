@@ -5,13 +5,16 @@ import os
 
 from experiment.checkpoints import read, refuse_damage, write
 from experiment.command_line import fail
-from experiment.films import open_viewer, save_film
+from experiment.films import open_viewer, write_gif
 
 
-def save_model(path, learner, global_step):
-    """Write actor, critic and arguments for --evaluate."""
+def save_model(run_folder, learner, global_step):
+    """Write actor, critic and arguments to model.pt in the folder, for --evaluate."""
     model = {"actor": learner.actor.state_dict(), "critic": learner.critic.state_dict()}
-    write(path, model | {"args": dataclasses.asdict(learner.args), "global_step": global_step})
+    write(
+        os.path.join(run_folder, "model.pt"),
+        model | {"args": dataclasses.asdict(learner.args), "global_step": global_step},
+    )
 
 
 def load_actor(path, env_id, device, actor_class, args_class):
@@ -41,7 +44,7 @@ def evaluate_model(args, device, actor_class, make_env, evaluate):
     result = f"return {returns.mean():.1f} +- {returns.std():.1f} (std), length {lengths.mean():.0f}"
     print(f"{trained.env_id}: {result}, {len(returns)} episodes")
     film = os.path.splitext(args.evaluate)[0] + ".gif"
-    if args.capture_video and save_film(viewer, film):
+    if args.capture_video and write_gif(viewer.take(), film):
         print(film)
     if args.render:
         viewer.close()
