@@ -254,7 +254,7 @@ def test_flags_win_over_tuned_values():
     assert tuple(getattr(args, name) for name in script.TUNED_FLAGS) == script.UNTUNED
 
 
-def test_standard_deviations_are_per_agent_unless_all_is_shared(make_learner):
+def test_standard_deviations_are_per_agent_unless_all_is_shared():
     shapes = {
         sharing: make_learner(sharing=sharing).actor.log_std.shape for sharing in ("kaleidoscope", "full", "none")
     }
