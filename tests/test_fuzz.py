@@ -304,7 +304,7 @@ def test_env_ids(name):
         counts["made" if got.code == 0 else "refused"] += 1
 
     check()
-    assert min(counts.values()) > 20, counts
+    assert min(counts.values()) >= 20, counts
 
 
 # ---- Checkpoints of other bytes ----
