@@ -150,7 +150,7 @@ def test_a_single_critic_is_not_reset_and_learning_rates_fall(tmp_path):
 MISTAKES = {
     "--env-id Ant-v2-3x3": "3x3",
     "--env-id Spot-v2-4x2": "Spot-v2-4x2",
-    "--num-envs 0": "num_envs is 0",
+    "--num-envs 0": "--num-envs is 0",
     "--seed -1": "seed is -1",
     "--num-epochs 0": "--num-epochs is 0",
     "--rollout-steps 0": "--rollout-steps is 0",
