@@ -610,7 +610,7 @@ def parse_args(argv=None):
     for name, tuned in zip(("n_step", "policy_freq"), tuned_values, strict=True):
         if getattr(args, name) is None:
             setattr(args, name, tuned)
-    for name in ("batch_size", "train_interval", "policy_freq", "n_step", "num_critics", "history_length"):
+    for name in ("num_envs", "batch_size", "train_interval", "policy_freq", "n_step", "num_critics", "history_length"):
         require(getattr(args, name) >= 1, f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
     steps, warmup, stored = args.total_timesteps, args.warmup_steps, min(args.warmup_steps, args.buffer_size)
     require(steps > warmup, f"--total-timesteps is {steps}, expected more than --warmup-steps {warmup}")

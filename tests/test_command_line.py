@@ -187,7 +187,7 @@ MISTAKES = {
     "--env-id Spot-v2-4x2": "Spot-v2-4x2",
     "--env-id manyagent_swimmer-0x2": "0x2",
     "--env-id Ant-v2-4x2\n": "Ant-v2-4x2",
-    "--num-envs 0": "num_envs is 0",
+    "--num-envs 0": "--num-envs is 0",
     "--episode-limit 0": "episode_limit is 0",
     "--agent-obsk -1": "agent_obsk is -1",
     "--seed -1": "seed is -1",

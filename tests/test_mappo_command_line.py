@@ -150,7 +150,7 @@ def test_a_single_critic_is_not_reset_and_learning_rates_fall(tmp_path):
 MISTAKES = {
     "--env-id Ant-v2-3x3": "3x3",
     "--env-id Spot-v2-4x2": "Spot-v2-4x2",
-    "--num-envs 0": "num_envs is 0",
+    "--num-envs 0": "--num-envs is 0",
     "--seed -1": "seed is -1",
     "--num-epochs 0": "--num-epochs is 0",
     "--rollout-steps 0": "--rollout-steps is 0",
@@ -254,7 +254,7 @@ def test_flags_win_over_tuned_values():
     assert tuple(getattr(args, name) for name in script.TUNED_FLAGS) == script.UNTUNED
 
 
-def test_standard_deviations_are_per_agent_unless_all_is_shared(make_learner):
+def test_standard_deviations_are_per_agent_unless_all_is_shared():
     shapes = {
         sharing: make_learner(sharing=sharing).actor.log_std.shape for sharing in ("kaleidoscope", "full", "none")
     }

@@ -13,7 +13,7 @@ from test_checkpoints import assert_same
 
 import kalei_mappo_mamujoco as mappo
 import kalei_matd3_mamujoco as matd3
-from experiment import processes
+from experiment.processes import all_reduce_mean, any_process, mean_std
 
 ROOT = Path(matd3.__file__).parent
 
@@ -155,7 +155,7 @@ def test_three_processes_draw_and_act_differently(script, tmp_path):
 
 def test_alone_nothing_is_exchanged():
     values = torch.tensor([1.0, 4.0])
-    processes.all_reduce_mean([values])
+    all_reduce_mean([values])
     assert values.tolist() == [1.0, 4.0]
-    assert [moment.item() for moment in processes.mean_std(values)] == [2.5, 1.5]
-    assert processes.any_process(True, "cpu") is True
+    assert [moment.item() for moment in mean_std(values)] == [2.5, 1.5]
+    assert any_process(True, "cpu") is True
