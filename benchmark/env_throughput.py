@@ -19,8 +19,8 @@ Every round measures all of them in turn, so that a drift of the machine's speed
 Gymnasium do not have show "-" in their columns.
 
 What EnvPool does otherwise, given the same controls, environments and threads:
-  * It has one agent, whose observation is the state (on Ant-v4 without the contact forces, which are zero in ours).
-    Ours makes an observation for every agent, and checks actions and brings them from agents to joints.
+  * It has one agent, whose observation is the state (Ant-v4: without the contact forces, which are zero in ours). Ours
+    makes an observation for every agent, and checks actions and brings them from agents to joints.
   * A MuJoCo of its own is compiled in (3.6.0 in EnvPool 1.2.5), so that physics, its speed and the episodes are others.
   * It resets an environment in the step after an episode's end, which ignores the action and is not counted here. Ours
     resets in the same step, and returns final and first observations of it.
