@@ -8,7 +8,6 @@ import contextlib
 import importlib.util
 import os
 import shutil
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
@@ -67,35 +66,3 @@ class OneLaunch:
         with torch.cuda.stream(self.stream):
             yield
         here.wait_stream(self.stream)
-
-
-class Beside:
-    """Acting, where `overlap` is set beside the updates: in a thread, a CUDA stream and a generator of its own.
-
-    Without, it is done at once, and draws from the default generator.
-    """
-
-    def __init__(self, device, overlap, seed):
-        self.pool = ThreadPoolExecutor(1, "acting") if overlap else None
-        self.generator = torch.Generator(device).manual_seed(seed) if overlap else None
-        self.stream = torch.cuda.Stream(device) if overlap and device.type == "cuda" else None
-        self.device = device
-
-    def to_device(self, array):
-        """A NumPy array as a tensor on the device; to a GPU by way of pinned memory, without waiting for it."""
-        tensor = torch.as_tensor(array)
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
-
-    def start(self, function, *arguments):
-        """A Future of function(*arguments), which may read what this thread has launched so far."""
-        if self.pool is None:
-            future = Future()
-            future.set_result(function(*arguments))
-            return future
-        if self.stream is not None:
-            self.stream.wait_stream(torch.cuda.current_stream())
-        return self.pool.submit(self.run, function, arguments)
-
-    def run(self, function, arguments):
-        with torch.cuda.stream(self.stream):  # None changes nothing
-            return function(*arguments)

@@ -8,6 +8,7 @@ with weights_only=True), written beside the previous one and then put in its pla
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import glob
@@ -43,7 +44,8 @@ from mamujoco_env import MaMuJoCoVecEnv
 from mamujoco_tasks import parse_env_id
 from mask_pictures import log_masks
 
-CHECKPOINT_FORMAT = 1
+DEFAULT_ENV_ID = "Ant-v2-4x2"
+CHECKPOINT_FORMAT = 2
 DIGEST = "sha256"
 # what --resume lets a user change, since none of it changes what the run has learnt so far
 RESUME_MAY_CHANGE = "resume total_timesteps device num_threads log_interval eval_interval eval_episodes save_model"
@@ -67,8 +69,6 @@ class RunArgs:
     """on a GPU, launch a whole update at once, as a CUDA graph, and not kernel by kernel"""
     compile: bool = False
     """let torch.compile fuse the updates' kernels, which takes minutes at the start"""
-    overlap: bool = False
-    """act and update at the same time, for a GPU: the weights that act are then one round of updates older"""
     total_timesteps: int = 10_000_000
     """environment steps of the run, over all environments"""
     log_interval: int = 5_000
@@ -97,8 +97,9 @@ class RunArgs:
     """Weights & Biases' user or team"""
 
     # environment
-    env_id: str = "Ant-v2-4x2"
-    """a robot and its division into agents, such as Walker2d-v2-6x1, Ant-v5-4x2 or manyagent_swimmer-10x2"""
+    env_id: str | None = None
+    """a robot and its division into agents, such as Walker2d-v2-6x1, Ant-v5-4x2 or manyagent_swimmer-10x2; without it,
+    Ant-v2-4x2 or, with --evaluate, the model's"""
     agent_obsk: int | None = None
     """agents observe their own joints and those at up to so many steps in the joint graph; by default the full state"""
     num_threads: int = 0
@@ -137,6 +138,8 @@ def read_command_line(args_class, argv=None):
     """
     args = read_flags(args_class, argv, default=args_class())
     if args.resume is None:
+        if args.env_id is None and args.evaluate is None:
+            args.env_id = DEFAULT_ENV_ID
         return args, None
     checkpoint = read_checkpoint(args.resume, args_class)
     before = checkpoint["args"]
@@ -182,7 +185,7 @@ def check_common_args(args):
     require_count(args, "num_threads eval_interval eval_episodes checkpoint_interval", least=0)
     if args.evaluate is not None:
         require(args, "eval_episodes", lambda x: x >= 1, "at least 1 with --evaluate")
-    require(args, "seed", lambda x: 0 <= x < 2**63, "an integer from 0 to 2^63 - 1")
+    require(args, "seed", lambda x: 0 <= x < 2**32, "an integer from 0 to 2^32 - 1")  # PyTorch keeps 32 bits of it
     require(args, "exp_name", lambda x: re.fullmatch(r"[\w.+-]+", x), "letters, digits and any of _ . + -")
     require(args, "agent_obsk", lambda x: x is None or 0 <= x < 2**31, "an integer from 0 to 2^31 - 1")
     require(args, "capture_video", lambda x: not x or args.eval_episodes >= 1, "--eval-episodes above 0 beside it")
@@ -191,11 +194,10 @@ def check_common_args(args):
         fail("--track is set, expected Weights & Biases to be installed (pip install wandb)")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device is cuda, expected cpu or auto: PyTorch finds no CUDA device here")
-    on_gpu = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
-    found, compiler = compiler_for("cuda" if on_gpu else "cpu")
+    found, compiler = compiler_for(device_type(args))
     require(args, "compile", lambda x: not x or found, f"it only where there is {compiler}")
     try:
-        parse_env_id(args.env_id)
+        parse_env_id(DEFAULT_ENV_ID if args.env_id is None else args.env_id)
     except ValueError as error:
         fail(f"--env-id: {error}")
 
@@ -207,16 +209,38 @@ def check_common_args(args):
     require(args, "layer_weights", lambda x: all(0 <= w < math.inf for w in x), "finite numbers of at least 0")
 
 
+def device_type(args):
+    """What --device means here: "cpu" or "cuda"."""
+    return args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
 # ---- Several processes, started by torchrun, each with environments of its own; alone, none of this does anything ----
 def start(args):
     """(device, rank, number of processes): joins the others that torchrun started, if it did."""
-    kind = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    keep_freed_memory()
+    kind = device_type(args)
     if not {"WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys():
         return torch.device(kind), 0, 1
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     return torch.device(kind), dist.get_rank(), dist.get_world_size()
+
+
+def keep_freed_memory():
+    """Let glibc keep freed memory for the tensors to come, which are of the same sizes again and again.
+
+    Without, an update spends an eighth of its time on the CPU on getting pages back from the kernel.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its highest value: larger ones go back to the kernel
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
+
+
+def seed_of_process(seed, rank):
+    """The first process's is `seed`. All have 32 bits, since PyTorch's generator on the CPU keeps no more."""
+    return seed if rank == 0 else int(np.random.SeedSequence((seed, rank)).generate_state(1)[0])
 
 
 def average(tensors):
@@ -551,7 +575,7 @@ def load_actor(path, env_id, device, actor_class, args_class):
     except Exception as error:  # what a damaged or foreign file raises depends on where it breaks
         reason = str(error).split("\n")[0]
         fail(f"--evaluate {path}: not a model that --save-model wrote ({type(error).__name__}: {reason})")
-    if env_id not in (args_class.env_id, args.env_id):
+    if env_id not in (None, args.env_id):
         fail(f"--env-id {env_id}: the model in {path} was trained on {args.env_id}")
     return actor.to(device), args
 
@@ -645,19 +669,16 @@ def as_arrays(tree):
     return tree.numpy() if isinstance(tree, torch.Tensor) else tree
 
 
-def write_checkpoint(run_folder, learner, envs, obs, counters, acting=None, logs=None, replay=None):
+def write_checkpoint(run_folder, learner, envs, obs, counters, logs=None, replay=None):
     """Write all that the rest of the run depends on. Returns the seconds it took.
 
     learner: a module with a list `optimizers` and the arguments as `args`; counters: plain values by name, global_step
-    among them; acting: the generator that draws actions, if it is one of its own; logs: the latest losses by name;
-    replay: has state_dict, or None to leave it out.
+    among them; logs: the latest losses by name; replay: has state_dict, or None to leave it out.
     """
     start = time.perf_counter()
     random, device = {"cpu": torch.get_rng_state()}, next(learner.parameters()).device
     if device.type == "cuda":
         random["cuda"] = torch.cuda.get_rng_state(device)
-    if acting is not None:
-        random[f"acting on {device.type}"] = acting.get_state()
     rank, processes = rank_and_size()
     of_all = {
         "format": CHECKPOINT_FORMAT,
@@ -729,7 +750,13 @@ def read_checkpoint(run_folder, args_class):
     return checkpoint
 
 
-def restore(checkpoint, learner, envs, counters, acting=None, replay=None):
+def keep_options(saved_groups, options):
+    """The groups of an optimiser's saved state, with the options of the present one but for the learning rates."""
+    kept = ("params", "lr")
+    return [own | {name: saved[name] for name in kept} for saved, own in zip(saved_groups, options, strict=True)]
+
+
+def restore(checkpoint, learner, envs, counters, replay=None):
     """Put learner, environments, generators and, where it was kept, replay back where they were.
 
     Returns obs, the counters of the names given, as a list, and logs.
@@ -745,19 +772,20 @@ def restore(checkpoint, learner, envs, counters, acting=None, replay=None):
     with refuse_damage(path):
         learner.load_state_dict(checkpoint["learner"])
         for optimizer, state in zip(learner.optimizers, checkpoint["optimizers"], strict=True):
-            rates = [group["lr"] for group in optimizer.param_groups]
-            optimizer.load_state_dict(state)
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                if isinstance(rate, torch.Tensor):  # which a CUDA graph may read, so that it must stay the same one
-                    group["lr"] = rate.copy_(group["lr"])
+            # of the options, learning rates alone are the run's: the others belong to the device, as capturable does
+            options = [dict(group) for group in optimizer.param_groups]
+            optimizer.load_state_dict(state | {"param_groups": keep_options(state["param_groups"], options)})
+            for group, own in zip(optimizer.param_groups, options, strict=True):
+                if isinstance(
+                    own["lr"], torch.Tensor
+                ):  # which a CUDA graph may read, so that it must stay the same one
+                    group["lr"] = own["lr"].copy_(group["lr"])
         envs.set_state(as_arrays(checkpoint["envs"]))
         if replay is not None and checkpoint["replay"] is not None:
             replay.load_state_dict(checkpoint["replay"])
         torch.set_rng_state(checkpoint["random"]["cpu"])
         if device.type == "cuda" and "cuda" in checkpoint["random"]:
             torch.cuda.set_rng_state(checkpoint["random"]["cuda"], device)
-        if acting is not None and f"acting on {device.type}" in checkpoint["random"]:
-            acting.set_state(checkpoint["random"][f"acting on {device.type}"])
         logs = {name: value.to(device) for name, value in (checkpoint["logs"] or {}).items()}
         return checkpoint["obs"].numpy(), [checkpoint["counters"][name] for name in counters.split()], logs
 

@@ -8,13 +8,14 @@ Films need OpenGL, by EGL unless the environment variable MUJOCO_GL names anothe
 Mesa's will do (Debian's libegl1 and libgl1).
 """
 
-import contextlib
 import io
 import os
+import sys
 import time
 
 import mujoco
 import numpy as np
+from mujoco.rendering.classic import gl_context
 from PIL import Image
 
 HEIGHT, WIDTH = 240, 320
@@ -36,70 +37,41 @@ def camera_on_robot(model, data):
 class Film:
     """Frames of the first of `envs`, a MaMuJoCoVecEnv, in real time. Raises RuntimeError where OpenGL does not work."""
 
-    drawer = None
-
     def __init__(self, envs):
         self.envs, model = envs, envs.task.model
         try:
-            if os.environ.get("MUJOCO_GL"):
-                self.context = mujoco.GLContext(WIDTH, HEIGHT)
-            else:
+            if sys.platform == "linux" and not os.environ.get("MUJOCO_GL"):
                 from mujoco.egl import GLContext
 
-                self.context = GLContext(WIDTH, HEIGHT)
-            self.context.make_current()
-            self.scene = mujoco.MjvScene(model, maxgeom=10_000)
-            self.drawer = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
-            mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.drawer)
+                gl_context.GLContext = GLContext  # MuJoCo chose when it was imported, and what it chose needs a screen
+            self.renderer = mujoco.Renderer(model, HEIGHT, WIDTH)
         except Exception as error:  # what is raised depends on which part of OpenGL is missing
             raise RuntimeError(f"{type(error).__name__}: {error}") from error
         for slow in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
-            self.scene.flags[slow] = 0
-        self.data, self.look = mujoco.MjData(model), mujoco.MjvOption()
+            self.renderer.scene.flags[slow] = 0
+        self.data = mujoco.MjData(model)
         self.camera = camera_on_robot(model, self.data)
         self.every = max(1, -(-MIN_SECONDS // envs.task.dt))  # steps from frame to frame
-        self.begin()
-
-    def begin(self):
         self.frames, self.steps = [], 0
 
     def __call__(self):
         """Take a frame, if one is due and there are less than MAX_FRAMES."""
-        due = self.steps % self.every == 0 and len(self.frames) < MAX_FRAMES
+        if self.steps % self.every == 0 and len(self.frames) < MAX_FRAMES:
+            self.envs.batch.get_data(0, self.data)
+            mujoco.mj_forward(self.envs.task.model, self.data)
+            self.renderer.update_scene(self.data, self.camera)
+            self.frames.append(Image.fromarray(self.renderer.render()))
         self.steps += 1
-        if not due:
-            return
-        model, data, pixels = self.envs.task.model, self.data, np.empty((HEIGHT, WIDTH, 3), np.uint8)
-        self.envs.batch.get_data(0, data)
-        mujoco.mj_forward(model, data)
-        self.context.make_current()
-        everything = mujoco.mjtCatBit.mjCAT_ALL
-        mujoco.mjv_updateScene(model, data, self.look, None, self.camera, everything, self.scene)
-        window = mujoco.MjrRect(0, 0, WIDTH, HEIGHT)
-        mujoco.mjr_render(window, self.scene, self.drawer)
-        mujoco.mjr_readPixels(pixels, None, window, self.drawer)
-        # few colours without dithering, which a GIF packs to a third
-        self.frames.append(Image.fromarray(pixels[::-1]).quantize(64, dither=Image.Dither.NONE))
 
     def take(self):
         """The bytes of a GIF (320 x 240) of the frames since the last take."""
+        palette = self.frames[0].quantize(64)  # few colours, without dithering, pack well
+        first, *others = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in self.frames)
         milliseconds = 10 * round(100 * self.every * self.envs.task.dt)  # GIFs count hundredths of a second
-        file, (first, *others) = io.BytesIO(), self.frames
+        file = io.BytesIO()
         first.save(file, "GIF", save_all=True, append_images=others, duration=milliseconds, loop=0)
-        self.begin()
+        self.frames, self.steps = [], 0
         return file.getvalue()
-
-    def close(self):
-        """Free what OpenGL holds. One Film must be closed before another is made: they share a thread's OpenGL."""
-        if self.drawer is not None:
-            self.context.make_current()
-            self.drawer.free()
-            self.context.free()
-            self.drawer = None
-
-    def __del__(self):  # before MuJoCo frees the drawer by itself, maybe while another context is the current one
-        with contextlib.suppress(Exception):
-            self.close()
 
 
 class Window:

@@ -11,7 +11,7 @@ algorithm under them is MAPPO (Yu et al. 2022, arXiv:2103.01955) with HARL's net
 2024, arXiv:2304.09870).
 
 Letters in shapes: B batch, N agents, K critics, M masks (N for the actor, K for the critic), T steps, E environments,
-S numbers of state, O of an observation. Networks and losses take any leading dimensions, masks among them.
+S numbers of state, O of an observation. A mask is a leading dimension of networks and losses.
 """
 
 import dataclasses
@@ -20,13 +20,14 @@ import os
 import time
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import experiment
-from cuda_graphs import Beside, OneLaunch
+from cuda_graphs import OneLaunch
 from mamujoco_env import MaMuJoCoVecEnv, agent_observations, standardise
 
 
@@ -36,6 +37,8 @@ class Args(experiment.RunArgs):
 
     exp_name: str = "kalei_mappo_mamujoco"
     """name of this experiment, part of the run's folder"""
+    precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
+    """of the hidden layers' products; auto: bfloat16 where the CPU has it, TF32 on a GPU, else float32"""
     num_envs: int = 20
     """environments stepped side by side (E)"""
 
@@ -70,8 +73,6 @@ class Args(experiment.RunArgs):
     """width of the three hidden layers of actor and critic"""
     output_gain: float = 0.01
     """gain of the actor's output layer at the start"""
-    log_std: Literal["shared", "agent"] | None = None
-    """one std per action dimension for all agents, or for each; by default shared with --sharing full, else agent"""
 
     # masks of the actor, one an agent
     actor_threshold_scale: float = 5.0
@@ -90,8 +91,6 @@ class Args(experiment.RunArgs):
     """members of the critic ensemble (K); a single one has no mask"""
     ensemble_value: Literal["mean", "min"] = "mean"
     """which of the members' values advantages are computed from"""
-    own_minibatches: bool = False
-    """let every member divide the rollout into minibatches of its own"""
     critic_threshold_scale: float = 20.0
     """as actor_threshold_scale"""
     critic_threshold_bias: float = 0.0
@@ -129,6 +128,17 @@ UNMASKED = 1_000.0  # threshold bias that masks nothing: sigmoid(-1000) is 0
 
 
 # ---- Masked networks ----
+def resolve_precision(precision, device_type):
+    """What --precision auto means: bfloat16 where a CPU multiplies it natively, TF32 on a GPU, else float32."""
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if precision == "bfloat16" and device_type == "cpu" and not native:
+        experiment.say("warning: this CPU does not multiply bfloat16 natively: --precision bfloat16 is slow here")
+    if precision == "auto":
+        precision = "tf32" if device_type == "cuda" else "bfloat16" if native else "float32"
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    return precision
+
+
 class MaskedLinear(nn.Module):
     """One weight W (out, in) and bias (out,), shared by M masks with thresholds s (M, out, in).
 
@@ -159,10 +169,7 @@ class MaskedLinear(nn.Module):
         return -(torch.rand_like(self.thresholds) * self.threshold_scale + self.threshold_bias)
 
     def effective(self, masks=slice(None)):
-        """W and the bias as each of `masks` sees them: (len(masks), out, in) and what adds to (len(masks), B, out).
-
-        For one index instead of a slice: (out, in) and what adds to (B, out).
-        """
+        """W and the bias as each of `masks` sees them: (len(masks), out, in) and what adds to (len(masks), B, out)."""
         weight, bias = (self.weight[masks], self.bias[masks]) if self.own else (self.weight, self.bias)
         kept = torch.relu(weight.abs() - torch.sigmoid(self.thresholds[masks]))
         return torch.sign(weight) * kept, bias
@@ -197,6 +204,17 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.zeros_like(self.weight))
 
 
+def masked_linear(x, weight, bias):
+    """x (B, in) or (M, B, in) through M effective layers (M, out, in) in one product: (M, B, out), in the bias's dtype.
+
+    The product is made in the weight's dtype: in bfloat16, both operands are rounded to 8 bits, and sums are float32.
+    """
+    x = x.to(weight.dtype).expand(len(weight), -1, -1)
+    if weight.dtype != bias.dtype:
+        return bias + x @ weight.mT
+    return torch.baddbmm(bias, x, weight.mT)
+
+
 class MaskedMLP(nn.Module):
     """Scale and shift of LayerNorm (inputs are standardised), then four masked layers, ReLU and LayerNorm between them.
 
@@ -207,10 +225,12 @@ class MaskedMLP(nn.Module):
     The effective layers are an argument of their own, since they often stay the same over many products.
     """
 
-    def __init__(self, num_masks, inputs, hidden, outputs, threshold_scale, threshold_bias, output_gain, sharing):
+    def __init__(self, num_masks, sizes, thresholds, output_gain, sharing, precision="float32"):
+        """sizes: (inputs, hidden, outputs); thresholds: their (scale, bias) at the start."""
         super().__init__()
-        own = sharing == "none"
-        bias = threshold_bias if sharing == "kaleidoscope" else UNMASKED
+        self.bfloat16, own = precision == "bfloat16", sharing == "none"
+        (inputs, hidden, outputs), (scale, bias) = sizes, thresholds
+        bias = bias if sharing == "kaleidoscope" else UNMASKED
         layers, norms = [], []
         for size in ((inputs, hidden), (hidden, hidden), (hidden, hidden), (hidden, outputs)):
             gain = output_gain if len(layers) == 3 else 2**0.5
@@ -218,27 +238,29 @@ class MaskedMLP(nn.Module):
             # the first layer's) gives all layers the same share of zeros: the last one starts 100 times smaller
             shift = math.log((gain / max(size) ** 0.5) / (2 / max(inputs, hidden)) ** 0.5)
             norms.append(Norm(num_masks, size[0], own))
-            layers.append(OrthogonalLinear(num_masks, *size, threshold_scale, bias - shift, own, gain))
+            layers.append(OrthogonalLinear(num_masks, *size, scale, bias - shift, own, gain))
         self.layers, self.norms = nn.ModuleList(layers), nn.ModuleList(norms)
+        # a LayerNorm without scale and shift takes twice as long on a CPU as one with ones and zeros
+        self.register_buffer("one", torch.ones(hidden), persistent=False)
+        self.register_buffer("zero", torch.zeros(hidden), persistent=False)
 
     def effective_layers(self):
         """The four layers' effective weights (M, out, in) and biases (M, 1, out), each with the norm before it in them.
 
         W (scale * x + shift) + b = (W * scale) x + (W shift + b): on weights this is far less work than on a batch, and
-        spares the first layer the gradient towards x.
+        spares the first layer the gradient towards x. With --precision bfloat16, the hidden layers' weights are in it.
         """
         layers = []
         for norm, layer in zip(self.norms, self.layers, strict=True):
             weight, bias = layer.effective()
             layers.append((weight * norm.weight, norm.bias @ weight.mT + bias))
-        return layers
+        return [(weight.bfloat16() if self.bfloat16 else weight, bias) for weight, bias in layers[:-1]] + layers[-1:]
 
     def forward(self, x, layers):
         """Standardised x (B, in) or (M, B, in) -> (M, B, out), through effective layers: one product for all masks."""
-        for index, (weight, bias) in enumerate(layers):
-            if index > 0:
-                x = F.layer_norm(torch.relu(x), x.shape[-1:])
-            x = x @ weight.mT + bias
+        x = masked_linear(x, *layers[0])
+        for layer in layers[1:]:
+            x = masked_linear(F.layer_norm(torch.relu_(x), x.shape[-1:], self.one, self.zero), *layer)
         return x
 
     @torch.no_grad()
@@ -258,42 +280,46 @@ class MaskedMLP(nn.Module):
 
 
 class Actor(MaskedMLP):
-    """Gaussian policies of N agents, one mask each, in the actions' own units.
+    """Gaussian policies of N agents, one mask each, in half action ranges: the bounds low, high (N, act) are -1 and 1.
 
-    The mean is not bounded: actions are clipped to the bounds low, high (N, act) on their way to the environment only.
-    Where both bounds are 0, an action is padding, and has no part in probabilities and entropy.
+    The mean is not bounded: actions are clipped and scaled on their way to the environment only (to_bounds). Where both
+    bounds are 0, an action is padding, and has no part in probabilities and entropy.
     """
 
     def __init__(self, observation_size, low, high, args):
-        scale, bias = args.actor_threshold_scale, args.actor_threshold_bias
-        (agents, act), ends = low.shape, (args.output_gain, args.sharing)
-        super().__init__(agents, observation_size, args.hidden_size, act, scale, bias, *ends)
-        self.log_std = nn.Parameter(torch.ones((agents, 1, act) if args.log_std == "agent" else act))
+        agents, act = low.shape
+        sizes, thresholds = (
+            (observation_size, args.hidden_size, act),
+            (args.actor_threshold_scale, args.actor_threshold_bias),
+        )
+        super().__init__(agents, sizes, thresholds, args.output_gain, args.sharing, args.precision)
+        self.log_std = nn.Parameter(torch.ones(act if args.sharing == "full" else (agents, 1, act)))
         real = (high > low).astype(low.dtype)[:, None]  # (N, 1, act): 1 for an action, 0 for padding
-        for name, value in (("low", low), ("high", high), ("real", real)):
+        for name, value in (("low", low), ("high", high), ("centre", (high + low) / 2), ("scale", (high - low) / 2)):
             self.register_buffer(name, torch.as_tensor(value))
+        self.register_buffer("real", torch.as_tensor(real))
 
     def std(self):
         """(act,) or (N, 1, act), at most 0.5."""
         return 0.5 * torch.sigmoid(self.log_std)
 
     def act(self, obs, layers):
-        """The best actions: obs (B, N, obs) -> (B, N, act), within the bounds."""
-        return torch.clamp(self(obs.transpose(-3, -2), layers).transpose(-3, -2), self.low, self.high)
+        """The best actions, for the environment: obs (B, N, obs) -> (B, N, act)."""
+        return self.to_bounds(self(obs.transpose(-3, -2), layers).transpose(-3, -2))
 
-    def sample(self, obs, layers, std, generator=None):
-        """Random actions, not clipped, and their log densities: obs (B, N, obs) -> (B, N, act), (B, N)."""
+    def to_bounds(self, actions):
+        """Actions of the policy (..., N, act) as the environment takes them, between low and high."""
+        return actions.clamp(-1.0, 1.0) * self.scale + self.centre
+
+    def sample(self, obs, layers, std):
+        """Random actions of the policy: obs (B, N, obs) -> (B, N, act)."""
         mean = self(obs.transpose(-3, -2), layers)
-        noise = torch.empty_like(mean).normal_(generator=generator)
-        return (mean + noise * std).transpose(-3, -2), self.log_density(noise, std).mT
+        return (mean + torch.randn_like(mean) * std).transpose(-3, -2)
 
     def log_prob(self, obs, actions, layers):
-        """Of all of an agent's actions together: obs (N, B, obs), actions (N, B, act) -> (N, B)."""
+        """Log density of all of an agent's actions together: obs (N, B, obs), actions (N, B, act) -> (N, B)."""
         std = self.std()
-        return self.log_density((actions - self(obs, layers)) / std, std)
-
-    def log_density(self, noise, std):
-        """Of mean + noise * std: noise (N, B, act) -> (N, B)."""
+        noise = (actions - self(obs, layers)) / std
         densities = -0.5 * noise.square() - torch.log(std) - 0.5 * math.log(2 * math.pi)
         return (densities * self.real).sum(-1)
 
@@ -307,9 +333,9 @@ class Critic(MaskedMLP):
     """An ensemble of K state values, one mask each, in std of returns: state (B, S) -> (K, B, 1)."""
 
     def __init__(self, state_size, args):
-        scale, bias = args.critic_threshold_scale, args.critic_threshold_bias
+        sizes, thresholds = (state_size, args.hidden_size, 1), (args.critic_threshold_scale, args.critic_threshold_bias)
         sharing = "kaleidoscope" if args.num_critics > 1 else "full"
-        super().__init__(args.num_critics, state_size, args.hidden_size, 1, scale, bias, 1.0, sharing)
+        super().__init__(args.num_critics, sizes, thresholds, 1.0, sharing, args.precision)
         self.value_norm = ValueNorm(args.value_norm_beta)
 
 
@@ -443,24 +469,19 @@ class Rollout:
     def __init__(self, steps, num_envs, state_size, action_shape, device):
         shape = (steps, num_envs)
         self.state = torch.zeros(*shape, state_size, device=device)
-        self.next_state = torch.zeros(*shape, state_size, device=device)  # where the action led to, before any reset
-        self.actions = torch.zeros(*shape, *action_shape, device=device)  # as sampled, not clipped
-        self.log_prob = torch.zeros(*shape, action_shape[0], device=device)
+        self.actions = torch.zeros(*shape, *action_shape, device=device)  # the policy's, not clipped
         self.reward = torch.zeros(shape, device=device)
+        self.next_state = torch.zeros(*shape, state_size, device=device)  # where the action led to, before any reset
         self.terminated = torch.zeros(shape, dtype=torch.bool, device=device)
         self.truncated = torch.zeros(shape, dtype=torch.bool, device=device)
 
-    def add(self, step, **arrays):
-        """Store step number `step` of all environments: arrays or tensors of E rows by name."""
-        for name, values in arrays.items():
-            getattr(self, name)[step] = torch.as_tensor(values)
+    def store(self, steps):
+        """Keep T steps, a list of (state, actions, reward, next_state, terminated, truncated), arrays of E rows each.
 
-    def state_dict(self):
-        return {name: value.clone() for name, value in vars(self).items()}
-
-    def load_state_dict(self, saved):
-        for name, value in vars(self).items():
-            value.copy_(saved[name])
+        All steps go to the device together, in six copies.
+        """
+        for stored, arrays in zip(vars(self).values(), zip(*steps, strict=True), strict=True):
+            stored.copy_(torch.from_numpy(np.stack(arrays)).to(stored.dtype))
 
 
 class Batch(NamedTuple):
@@ -501,6 +522,14 @@ def clipped_value_loss(values, old_values, returns, clip, delta):
     returns = returns.expand_as(values)
     losses = (F.huber_loss(each, returns, reduction="none", delta=delta) for each in (values, clipped))
     return torch.maximum(*losses)
+
+
+def clip_gradients(gradients, max_norm, own=False):
+    """Scale gradients (...) in place down to `max_norm` over all of them; with `own`, each agent's part, (N, ...)."""
+    rows = [gradient.view(len(gradient) if own else 1, -1) for gradient in gradients]
+    norm = sum(row.square().sum(1, keepdim=True) for row in rows).sqrt()  # (N, 1) or (1, 1)
+    for row in rows:
+        row.mul_((max_norm / (norm + 1e-6)).clamp(max=1))
 
 
 # ---- The update ----
@@ -555,14 +584,11 @@ class Learner(nn.Module):
         obs = agent_observations(rollout.state.flatten(0, 1), self.num_agents, columns=self.columns)
         obs = obs.transpose(0, 1).contiguous()
         actions = rollout.actions.flatten(0, 1).transpose(0, 1).contiguous()
-        log_prob = rollout.log_prob.flatten(0, 1).mT.contiguous()
-        if args.overlap:  # that is of an older policy, and the clip is to be around the one that is updated
-            log_prob = self.actor.log_prob(obs, actions, self.actor.effective_layers())
         batch = Batch(
             state=state,
             obs=obs,
             actions=actions,
-            log_prob=log_prob,
+            log_prob=self.actor.log_prob(obs, actions, self.actor.effective_layers()),
             advantages=((advantages - mean) / (std + 1e-5)).flatten(),
             values=predictions[:, : len(state)].contiguous(),
             returns=critic.value_norm.normalise(returns).flatten(),
@@ -570,11 +596,13 @@ class Learner(nn.Module):
         explained = 1 - advantages.var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
         return batch, {"losses/explained_variance": explained, "values/value": values.mean()}
 
-    def step(self, optimizer, network, loss):
+    def step(self, optimizer, network, loss, own=False):
+        """An optimiser step whose gradient is scaled down to max_grad_norm; with `own`, that of each agent is."""
         optimizer.zero_grad()
         loss.backward()
-        experiment.average([parameter.grad for parameter in network.parameters()])
-        nn.utils.clip_grad_norm_(network.parameters(), self.args.max_grad_norm)
+        gradients = [parameter.grad for parameter in network.parameters()]
+        experiment.average(gradients)
+        clip_gradients(gradients, self.args.max_grad_norm, own)
         optimizer.step()
 
     def update_actor(self, batch, rows):
@@ -592,7 +620,8 @@ class Learner(nn.Module):
         # the surrogate is about 0 on average, whatever its size: its mean absolute value is the scale
         coefficient = self.actor_coefficient(surrogate.abs().mean(), diversity)
         total = loss - args.entropy_coef * entropy + coefficient * diversity
-        self.step(self.actor_optimizer, self.actor, total)
+        own = args.sharing == "none"  # N learners side by side: each has its own loss, norm and (as always) Adam
+        self.step(self.actor_optimizer, self.actor, total * self.num_agents if own else total, own)
         log_ratio, ratio = log_ratio.detach(), ratio.detach()
         return {
             "losses/policy": loss.detach(),
@@ -603,14 +632,16 @@ class Learner(nn.Module):
             "coefficients/actor": coefficient,
         }
 
-    def update_critic(self, batch, rows, members=slice(None)):
-        """One step of all members on `rows`: (b,), a slice, or (K, b) with members (K, 1). Returns detached losses."""
+    def update_critic(self, batch, rows):
+        """One step of all members on `rows`: (b,) or a slice. Returns its losses as detached scalars."""
         args = self.args
         values = self.critic(batch.state[rows], self.critic.effective_layers()).squeeze(-1)  # (K, b)
-        old_values, returns = batch.values[members, rows], batch.returns[rows]
+        old_values, returns = batch.values[:, rows], batch.returns[rows]
         losses = clipped_value_loss(values, old_values, returns, args.clip, args.huber_delta)
         loss = losses.mean(-1).sum(-1)
-        diversity = diversity_loss(self.critic, args.layer_weights, args.weighted_diversity)
+        diversity = torch.zeros_like(loss)  # of a single member
+        if args.num_critics > 1:
+            diversity = diversity_loss(self.critic, args.layer_weights, args.weighted_diversity)
         coefficient = self.critic_coefficient(loss, diversity)
         self.step(self.critic_optimizer, self.critic, loss + coefficient * diversity)
         return {
@@ -621,18 +652,15 @@ class Learner(nn.Module):
 
     def update(self, rollout):
         """All updates on a rollout. Returns losses by name, their means over the updates."""
-        args, device = self.args, rollout.state.device
+        args = self.args
         batch, known = self.prepare(rollout)
-        logs, own = [], args.own_minibatches
-        members = torch.arange(args.num_critics, device=device)[:, None] if own else slice(None)
+        logs = []
         for _ in range(args.num_epochs):
-            minibatches = [(slice(None), slice(None))]  # a single one is the rollout as it lies, without copying it
+            minibatches = [slice(None)]  # a single one is the rollout as it lies, without copying it
             if args.num_minibatches > 1:
-                orders = torch.rand(1 + args.num_critics if own else 1, len(batch.state), device=device).argsort()
-                parts = orders.tensor_split(args.num_minibatches, 1)
-                minibatches = [(rows[0], rows[1:] if own else rows[0]) for rows in parts]
-            for rows, critic_rows in minibatches:
-                logs.append(self.update_actor(batch, rows) | self.update_critic(batch, critic_rows, members))
+                minibatches = torch.rand_like(batch.returns).argsort().tensor_split(args.num_minibatches)
+            for rows in minibatches:
+                logs.append(self.update_actor(batch, rows) | self.update_critic(batch, rows))
         return known | {name: torch.stack([log[name] for log in logs]).mean() for name in logs[0]}
 
 
@@ -640,11 +668,11 @@ class Learner(nn.Module):
 def parse_args(argv=None):
     """(args, checkpoint or None), checked, tuned values filled in. Bad ones end in one line and exit code 2."""
     args, checkpoint = experiment.read_command_line(Args, argv)
-    for name, tuned in zip(TUNED_FLAGS, TUNED.get(args.env_id.replace("-v5", "-v2"), UNTUNED), strict=True):
+    for name, tuned in zip(TUNED_FLAGS, TUNED.get(str(args.env_id).replace("-v5", "-v2"), UNTUNED), strict=True):
         if getattr(args, name) is None:
             setattr(args, name, tuned)
-    args.log_std = args.log_std or ("shared" if args.sharing == "full" else "agent")
     check_args(args)
+    args.precision = resolve_precision(args.precision, experiment.device_type(args))
     return args, checkpoint
 
 
@@ -657,8 +685,6 @@ def check_args(args):
     experiment.require_size(args, "lr threshold_lr entropy_coef")
     positive = "clip huber_delta max_grad_norm output_gain threshold_eps"
     experiment.require(args, positive, lambda x: 0 < x <= 1e30, "a number above 0, up to 1e30")
-    single, where = 1 in (args.num_critics, args.num_minibatches), "--num-critics and --num-minibatches are above 1"
-    experiment.require(args, "own_minibatches", lambda x: not (x and single), f"False, unless {where}")
     rows = args.rollout_steps * args.num_envs
     experiment.require(args, "num_minibatches", lambda x: x <= rows, f"at most the {rows} steps of a rollout")
 
@@ -672,7 +698,7 @@ def main():
 
     stop = experiment.StopSignals()
     torch.manual_seed(args.seed)  # the same weights in all processes
-    seed = args.seed + 2**32 * rank  # and other environments and draws
+    seed = experiment.seed_of_process(args.seed, rank)  # and other environments and draws
     with experiment.refuse_what_does_not_fit():
         settings = (seed, args.num_threads, args.episode_limit, args.agent_obsk)
         envs = MaMuJoCoVecEnv(args.env_id, args.num_envs, *settings)
@@ -682,7 +708,6 @@ def main():
         rollout = Rollout(args.rollout_steps, args.num_envs, envs.state_size, space.shape, device)
         evaluation = experiment.Evaluation(args) if args.eval_episodes and rank == 0 else None
     update = OneLaunch(lambda: learner.update(rollout), device, args.cudagraph, args.compile)
-    beside = Beside(device, args.overlap, seed)
 
     if rank > 0:
         torch.manual_seed(seed)
@@ -692,38 +717,17 @@ def main():
     logs, status = {}, {}
     obs, _ = envs.reset()
     if checkpoint is not None:
-        parts = (learner, envs, "global_step num_updates training_seconds", beside.generator, rollout)
+        parts = (learner, envs, "global_step num_updates training_seconds")
         obs, (global_step, num_updates, training_seconds), _ = experiment.restore(checkpoint, *parts)
     state = envs.state
     run_folder, writer = experiment.open_run(args, global_step, rank)
     if rank == 0:
-        flags = ", ".join(f"{name} {getattr(args, name)}" for name in ("sharing", *TUNED_FLAGS))
+        flags = ", ".join(f"{name} {getattr(args, name)}" for name in ("sharing", *TUNED_FLAGS, "precision"))
         print(f"{run_folder} on {num_processes} x {device}: {flags}; {experiment.observation_sizes(envs)}")
     steps_per_rollout = args.rollout_steps * num_envs
     num_steps = -(-args.total_timesteps // steps_per_rollout) * steps_per_rollout
     bar = dict(unit="step", unit_scale=True, dynamic_ncols=True, disable=rank > 0)
     progress = tqdm(total=num_steps, initial=global_step, **bar)
-
-    def act(layers, std):
-        """A rollout's steps of all environments. Returns of each what Rollout.add takes, and infos."""
-        nonlocal obs, state
-        steps = []
-        for _ in range(args.rollout_steps):
-            with torch.no_grad():
-                actions, log_prob = actor.sample(beside.to_device(obs), layers, std, beside.generator)
-                clipped = torch.clamp(actions, actor.low, actor.high)
-            obs, reward, terminated, truncated, infos = envs.step(clipped.cpu().numpy())
-            outcome = dict(reward=reward, next_state=infos["final_state"], terminated=terminated, truncated=truncated)
-            steps.append((dict(state=state, actions=actions, log_prob=log_prob, **outcome), infos))
-            state = infos["state"]
-        return steps
-
-    def store(steps, first_step):
-        """Keep what `act` returned, and log the episodes that ended. Returns the last infos."""
-        for number, (transition, infos) in enumerate(steps):
-            rollout.add(number, **transition)
-            experiment.log_episodes(writer, infos, first_step + (number + 1) * num_envs)
-        return infos
 
     while global_step < args.total_timesteps:
         previous_step, round_start = global_step, time.perf_counter()
@@ -731,20 +735,24 @@ def main():
         # act: the weights stay the same for a whole rollout, and so do the effective ones
         with torch.no_grad():
             layers, std = actor.effective_layers(), actor.std()
-        if not args.overlap:  # waiting threads of PyTorch spin on cores that the physics could use
-            torch.set_num_threads(1)
-        steps = beside.start(act, layers, std)
-        global_step += steps_per_rollout
-        if not args.overlap:
-            infos = store(steps.result(), previous_step)
+        torch.set_num_threads(1)  # waiting threads of PyTorch spin on cores that the physics could use
+        steps = []
+        for _ in range(args.rollout_steps):
+            with torch.no_grad():
+                actions = actor.sample(torch.as_tensor(obs, device=device), layers, std)
+            obs, reward, terminated, truncated, infos = envs.step(actor.to_bounds(actions).cpu().numpy())
+            steps.append((state, actions.cpu().numpy(), reward, infos["final_state"], terminated, truncated))
+            state = infos["state"]
+            global_step += num_envs
+            experiment.log_episodes(writer, infos, global_step)
+        rollout.store(steps)
 
-        # learn: with --overlap from the rollout before this one, if there is one
+        # learn
         torch.set_num_threads(num_threads)
         if args.lr_decay:
             learner.scale_learning_rates(1 - previous_step / args.total_timesteps)
-        if previous_step > 0 or not args.overlap:
-            logs = update()
-            num_updates += args.num_epochs * args.num_minibatches
+        logs = update()
+        num_updates += args.num_epochs * args.num_minibatches
         if reset_due(args.actor_reset_interval, previous_step, global_step, args.total_timesteps):
             num_reset = reset_actor(actor, args.actor_reset_ratio)
             experiment.broadcast(actor)
@@ -755,8 +763,6 @@ def main():
             reset_critic(learner.critic, member)
             experiment.broadcast(learner.critic)
             writer.add_scalar("resets/critic_member", member, global_step)
-        if args.overlap:
-            infos = store(steps.result(), previous_step)
 
         # log
         finished = global_step >= args.total_timesteps
@@ -780,8 +786,7 @@ def main():
             experiment.save_model(os.path.join(run_folder, "model.pt"), learner, global_step)
         if args.checkpoint_interval and checkpoint_due:
             counters = dict(global_step=global_step, num_updates=num_updates, training_seconds=training_seconds)
-            parts = (learner, envs, obs, counters, beside.generator, None, rollout if args.overlap else None)
-            seconds = experiment.write_checkpoint(run_folder, *parts)
+            seconds = experiment.write_checkpoint(run_folder, learner, envs, obs, counters)
             writer.add_scalar("charts/checkpoint_seconds", seconds, global_step)
         progress.set_postfix(status, refresh=False)
         progress.update(global_step - previous_step)

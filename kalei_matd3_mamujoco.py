@@ -10,7 +10,7 @@ Zhang, "Kaleidoscope: Learnable Masks for Heterogeneous Multi-agent Reinforcemen
 arXiv:2410.08540); where the paper is silent, the authors' released code decides.
 
 Letters in shapes: B batch, N agents, K critics, M masks (N for the actor, K for the critic), E environments,
-S numbers of state, O of an observation. Networks and losses take any leading dimensions, and a mask is one of them.
+S numbers of state, O of an observation. A mask is a leading dimension of networks and losses.
 """
 
 import copy
@@ -20,12 +20,13 @@ import os
 import time
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn as nn
 from tqdm import tqdm
 
 import experiment
-from cuda_graphs import Beside, OneLaunch
+from cuda_graphs import OneLaunch
 from mamujoco_env import MaMuJoCoVecEnv, agent_observations, standardise
 
 
@@ -35,6 +36,8 @@ class Args(experiment.RunArgs):
 
     exp_name: str = "kalei_matd3_mamujoco"
     """name of this experiment, part of the run's folder"""
+    precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
+    """of the hidden layers' products; auto: bfloat16 where the CPU has it, TF32 on a GPU, else float32"""
     checkpoint_buffer: bool = True
     """keep the replay buffer in checkpoints; without, a resumed run fills a new one before it learns on"""
     num_envs: int = 10
@@ -60,7 +63,7 @@ class Args(experiment.RunArgs):
     gamma: float = 0.99
     """discount"""
     polyak: float = 0.005
-    """rate of the target critic per policy update; the target actor takes N steps of this rate, as released"""
+    """rate of the targets per policy update; a target actor that all agents share takes N steps of it, as released"""
     actor_lr: float = 5e-4
     """Adam's learning rate for the actor's weights and thresholds"""
     critic_lr: float = 1e-3
@@ -121,6 +124,17 @@ UNMASKED = 1_000.0  # threshold bias that masks nothing: sigmoid(-1000) is 0
 
 
 # ---- Masked networks ----
+def resolve_precision(precision, device_type):
+    """What --precision auto means: bfloat16 where a CPU multiplies it natively, TF32 on a GPU, else float32."""
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if precision == "bfloat16" and device_type == "cpu" and not native:
+        experiment.say("warning: this CPU does not multiply bfloat16 natively: --precision bfloat16 is slow here")
+    if precision == "auto":
+        precision = "tf32" if device_type == "cuda" else "bfloat16" if native else "float32"
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    return precision
+
+
 class MaskedLinear(nn.Module):
     """One weight W (out, in) and bias (out,), shared by M masks with thresholds s (M, out, in).
 
@@ -151,10 +165,7 @@ class MaskedLinear(nn.Module):
         return -(torch.rand_like(self.thresholds) * self.threshold_scale + self.threshold_bias)
 
     def effective(self, masks=slice(None)):
-        """W and the bias as each of `masks` sees them: (len(masks), out, in) and what adds to (len(masks), B, out).
-
-        For one index instead of a slice: (out, in) and what adds to (B, out).
-        """
+        """W and the bias as each of `masks` sees them: (len(masks), out, in) and what adds to (len(masks), B, out)."""
         weight, bias = (self.weight[masks], self.bias[masks]) if self.own else (self.weight, self.bias)
         kept = torch.relu(weight.abs() - torch.sigmoid(self.thresholds[masks]))
         return torch.sign(weight) * kept, bias
@@ -162,6 +173,17 @@ class MaskedLinear(nn.Module):
     def masks(self):
         """(M, out, in) bool: what each mask keeps."""
         return self.weight.abs() > torch.sigmoid(self.thresholds)
+
+
+def masked_linear(x, weight, bias):
+    """x (B, in) or (M, B, in) through M effective layers (M, out, in) in one product: (M, B, out), in the bias's dtype.
+
+    The product is made in the weight's dtype: in bfloat16, both operands are rounded to 8 bits, and sums are float32.
+    """
+    x = x.to(weight.dtype).expand(len(weight), -1, -1)
+    if weight.dtype != bias.dtype:
+        return bias + x @ weight.mT
+    return torch.baddbmm(bias, x, weight.mT)
 
 
 class MaskedMLP(nn.Module):
@@ -174,27 +196,30 @@ class MaskedMLP(nn.Module):
     The effective layers are an argument of their own, since they often stay the same over many products.
     """
 
-    def __init__(self, num_masks, inputs, hidden, outputs, threshold_scale, threshold_bias, layer_norm, sharing):
+    def __init__(self, num_masks, sizes, thresholds, layer_norm, sharing, precision="float32"):
+        """sizes: (inputs, hidden, outputs); thresholds: their (scale, bias) at the start."""
         super().__init__()
-        sizes = [(inputs, hidden), (hidden, hidden), (hidden, outputs)]
-        thresholds = (threshold_scale, threshold_bias if sharing == "kaleidoscope" else UNMASKED)
-        layers = [MaskedLinear(num_masks, *size, *thresholds, own=sharing == "none") for size in sizes]
+        self.bfloat16 = precision == "bfloat16"
+        (inputs, hidden, outputs), (scale, bias) = sizes, thresholds
+        thresholds = (scale, bias if sharing == "kaleidoscope" else UNMASKED)
+        shapes = ((inputs, hidden), (hidden, hidden), (hidden, outputs))
+        layers = [MaskedLinear(num_masks, *shape, *thresholds, own=sharing == "none") for shape in shapes]
         self.layers = nn.ModuleList(layers)
         self.norms = nn.ModuleList(nn.LayerNorm(hidden) if layer_norm else nn.Identity() for _ in range(2))
 
     def effective_layers(self, masks=slice(None)):
-        """The three layers' effective weights (M, out, in), or (out, in) if `masks` is one index, and biases."""
-        return [layer.effective(masks) for layer in self.layers]
+        """Effective weights (M, out, in), those of hidden layers in the dtype of their products, and biases."""
+        *hidden, output = [layer.effective(masks) for layer in self.layers]
+        return [(weight.bfloat16() if self.bfloat16 else weight, bias) for weight, bias in hidden] + [output]
 
     def forward(self, x, layers):
         """x (B, in) or (M, B, in) -> (M, B, out), through effective layers: one product a layer for all masks."""
-        weight, bias = layers[0]
-        return self.after_first(x @ weight.mT + bias, layers)
+        return self.after_first(masked_linear(x, *layers[0]), layers)
 
     def after_first(self, x, layers):
-        """The same from the first layer's output (M, B, hidden) on."""
-        for norm, (weight, bias) in zip(self.norms, layers[1:], strict=True):
-            x = torch.relu(norm(x)) @ weight.mT + bias
+        """The same from the first layer's output (M, B, hidden) on, which is written to."""
+        for norm, layer in zip(self.norms, layers[1:], strict=True):
+            x = masked_linear(torch.relu_(norm(x)), *layer)
         return x
 
     @torch.no_grad()
@@ -217,9 +242,9 @@ class Actor(MaskedMLP):
     """Deterministic policies of N agents, one mask each: tanh scaled to the action bounds low, high (N, act)."""
 
     def __init__(self, observation_size, low, high, args):
-        scale, bias = args.actor_threshold_scale, args.actor_threshold_bias
-        sizes, sharing = (observation_size, args.hidden_size, low.shape[1]), args.sharing
-        super().__init__(len(low), *sizes, scale, bias, layer_norm=False, sharing=sharing)
+        thresholds = (args.actor_threshold_scale, args.actor_threshold_bias)
+        sizes = (observation_size, args.hidden_size, low.shape[1])
+        super().__init__(len(low), sizes, thresholds, False, args.sharing, args.precision)
         for name, value in (("low", low), ("high", high), ("centre", (high + low) / 2), ("scale", (high - low) / 2)):
             self.register_buffer(name, torch.as_tensor(value))
 
@@ -229,7 +254,7 @@ class Actor(MaskedMLP):
 
     def act_alone(self, obs, agent):
         """One agent: its obs (B, obs) -> its actions (B, act)."""
-        actions = torch.tanh(self(obs, self.effective_layers(agent)))
+        actions = torch.tanh(self(obs, self.effective_layers(slice(agent, agent + 1))).squeeze(-3))
         return actions * self.scale[agent] + self.centre[agent]
 
 
@@ -237,9 +262,9 @@ class Critic(MaskedMLP):
     """An ensemble of K action values, one mask each: state and joint action (B, S + N act) -> (K, B, 1)."""
 
     def __init__(self, inputs, args):
-        scale, bias = args.critic_threshold_scale, args.critic_threshold_bias
+        thresholds = (args.critic_threshold_scale, args.critic_threshold_bias)
         sizes = (inputs, args.hidden_size, 1)
-        super().__init__(args.num_critics, *sizes, scale, bias, layer_norm=True, sharing="kaleidoscope")
+        super().__init__(args.num_critics, sizes, thresholds, True, "kaleidoscope", args.precision)
 
 
 # ---- Mask diversity ----
@@ -356,7 +381,7 @@ class Batch(NamedTuple):
 class Replay:
     """A ring of `rows` steps of E environments, on the device. It holds states only: they imply the observations."""
 
-    ARRAYS = ("state", "actions", "reward", "terminated", "ended")
+    ARRAYS = ("state", "actions", "reward", "terminated", "ended")  # and next_state
 
     @staticmethod
     def following(filled, rows):
@@ -381,18 +406,23 @@ class Replay:
         self.newest = torch.zeros((), dtype=torch.long, device=device)
         self.filled = torch.zeros((), dtype=torch.long, device=device)
 
-    def add(self, state, actions, reward, next_state, terminated, truncated):
-        """Store one step of all environments: arrays or tensors of E rows."""
-        row = self.next_row
-        self.state[row] = torch.as_tensor(state)
-        self.actions[row] = torch.as_tensor(actions)
-        self.reward[row] = torch.as_tensor(reward)
-        self.next_state[row] = torch.as_tensor(next_state)
-        self.terminated[row] = torch.as_tensor(terminated)
-        self.ended[row] = torch.as_tensor(terminated | truncated)
-        self.next_row = (row + 1) % self.rows
-        self.newest.fill_(row)
-        self.filled.add_(1).clamp_(max=self.rows)
+    def add(self, steps):
+        """Store steps of all environments: a list of (state, actions, reward, next_state, terminated, truncated).
+
+        Each is a tuple of arrays of E rows. All steps go to the device together, in six copies.
+        """
+        count = min(len(steps), self.rows)
+        row = (self.next_row + torch.arange(len(steps))[-count:]) % self.rows
+        *arrays, terminated, truncated = (
+            torch.from_numpy(np.stack(values)) for values in zip(*steps[-count:], strict=True)
+        )
+        names = ("state", "actions", "reward", "next_state", "terminated", "ended")
+        for name, values in zip(names, (*arrays, terminated, terminated | truncated), strict=True):
+            stored = getattr(self, name)
+            stored[row] = values.to(stored.dtype).to(stored.device)
+        self.next_row = (self.next_row + len(steps)) % self.rows
+        self.newest.fill_((self.next_row - 1) % self.rows)
+        self.filled.add_(len(steps)).clamp_(max=self.rows)
 
     def state_dict(self):
         """What is stored and where, compactly: next states only where the following row does not hold them."""
@@ -511,8 +541,8 @@ class Learner(nn.Module):
             critic_layers = self.critic.effective_layers()
             weight, bias = critic_layers[0]
             joint_actions = batch.actions.flatten(-2)
-            first = torch.cat([batch.state, joint_actions], -1) @ weight.mT + bias
-            action_columns = weight[..., batch.state.shape[-1] :].mT.contiguous()  # (K, N act, hidden)
+            first = masked_linear(torch.cat([batch.state, joint_actions], -1), weight, bias)
+            action_columns = weight[..., batch.state.shape[-1] :].mT.to(first.dtype).contiguous()  # (K, N act, hidden)
         logs = []
         for agent in range(self.num_agents):
             own = slice(agent * act, (agent + 1) * act)
@@ -537,8 +567,13 @@ class Learner(nn.Module):
 
     @torch.no_grad()
     def update_targets(self):
-        """Polyak averaging: the target critic once, the target actor once per agent, both in one step each."""
-        rates = (self.args.polyak, 1 - (1 - self.args.polyak) ** self.num_agents)
+        """Polyak averaging: the target critic once, and each agent's target actor once.
+
+        Where all agents hold one network, that is N times for it, as released, and done in one step here; networks of
+        their own are averaged once each.
+        """
+        times = 1 if self.args.sharing == "none" else self.num_agents
+        rates = (self.args.polyak, 1 - (1 - self.args.polyak) ** times)
         pairs = ((self.critic, self.target_critic), (self.actor, self.target_actor))
         for rate, (network, target) in zip(rates, pairs, strict=True):
             for parameter, target_parameter in zip(network.parameters(), target.parameters(), strict=True):
@@ -557,12 +592,12 @@ class Learner(nn.Module):
 def parse_args(argv=None):
     """(args, checkpoint or None), checked, tuned values filled in. Bad ones end in one line and exit code 2."""
     args, checkpoint = experiment.read_command_line(Args, argv)
-    for name, tuned in zip(
-        ("n_step", "policy_freq"), TUNED.get(args.env_id.replace("-v5", "-v2"), UNTUNED), strict=True
-    ):
+    tuned_values = TUNED.get(str(args.env_id).replace("-v5", "-v2"), UNTUNED)
+    for name, tuned in zip(("n_step", "policy_freq"), tuned_values, strict=True):
         if getattr(args, name) is None:
             setattr(args, name, tuned)
     check_args(args)
+    args.precision = resolve_precision(args.precision, experiment.device_type(args))
     return args, checkpoint
 
 
@@ -592,7 +627,7 @@ def main():
 
     stop = experiment.StopSignals()
     torch.manual_seed(args.seed)  # the same weights in all processes
-    seed = args.seed + 2**32 * rank  # and other environments and draws
+    seed = experiment.seed_of_process(args.seed, rank)  # and other environments and draws
     with experiment.refuse_what_does_not_fit():
         settings = (seed, args.num_threads, args.episode_limit, args.agent_obsk)
         envs = MaMuJoCoVecEnv(args.env_id, args.num_envs, *settings)
@@ -610,7 +645,6 @@ def main():
 
     launch = (device, args.cudagraph, args.compile)
     updates = [OneLaunch(functools.partial(update, with_policy), *launch) for with_policy in (False, True)]
-    beside = Beside(device, args.overlap, seed)
 
     if rank > 0:
         torch.manual_seed(seed)
@@ -621,7 +655,7 @@ def main():
     obs, _ = envs.reset()
     if checkpoint is not None:
         names = "global_step num_updates trained_steps training_seconds learning_starts"
-        obs, counters, logs = experiment.restore(checkpoint, learner, envs, names, beside.generator, replay)
+        obs, counters, logs = experiment.restore(checkpoint, learner, envs, names, replay)
         global_step, num_updates, trained_steps, training_seconds, learning_starts = counters
         if checkpoint["replay"] is None:
             learning_starts = global_step + args.warmup_steps
@@ -630,56 +664,39 @@ def main():
     state = envs.state
     run_folder, writer = experiment.open_run(args, global_step, rank)
     if rank == 0:
-        flags = f"sharing {args.sharing}, n_step {args.n_step}, policy_freq {args.policy_freq}"
+        names = ("sharing", "n_step", "policy_freq", "precision")
+        flags = ", ".join(f"{name} {getattr(args, name)}" for name in names)
         print(f"{run_folder} on {num_processes} x {device}: {flags}; {experiment.observation_sizes(envs)}")
     bar = dict(unit="step", unit_scale=True, dynamic_ncols=True, disable=rank > 0)
     progress = tqdm(total=args.total_timesteps, initial=global_step, **bar)
 
-    def act(layers, first_step, num_steps):
-        """Step all environments num_steps times. Returns of each step what Replay.add takes, and infos."""
-        nonlocal obs, state
-        block = []
-        for step in range(first_step, first_step + num_steps * num_envs, num_envs):
-            with torch.no_grad():
-                if step < args.warmup_steps:
-                    uniform = torch.rand(args.num_envs, *space.shape, device=device, generator=beside.generator)
-                    actions = actor.low + (actor.high - actor.low) * uniform
-                else:
-                    actions = actor.act(beside.to_device(obs), layers)
-                    noise = torch.empty_like(actions).normal_(generator=beside.generator)
-                    actions = torch.clamp(actions + noise * actor.scale * args.exploration_noise, actor.low, actor.high)
-            actions = actions.cpu().numpy()
-            obs, reward, terminated, truncated, infos = envs.step(actions)
-            block.append(((state, actions, reward, infos["final_state"], terminated, truncated), infos))
-            state = infos["state"]
-        return block
-
-    def store(block, step):
-        """Keep what `act` returned, and log the episodes that ended. Returns the last infos."""
-        for transition, infos in block:
-            replay.add(*transition)
-            step += num_envs
-            experiment.log_episodes(writer, infos, step)
-        return infos
-
     while global_step < args.total_timesteps:
         previous_step, round_start = global_step, time.perf_counter()
 
-        # act: the weights stay the same for a whole round, and so do the effective ones; biases need a copy for that
+        # act: the weights stay the same for a whole round, and so do the effective ones
         with torch.no_grad():
-            layers = [(weight, bias.clone()) for weight, bias in actor.effective_layers()]
-        num_steps = min(args.train_interval, -(-(args.total_timesteps - global_step) // num_envs))
-        block = beside.start(act, layers, global_step, num_steps)
-        global_step += num_steps * num_envs
-        if not args.overlap:
-            infos = store(block.result(), previous_step)
+            layers = actor.effective_layers()
+        steps = []
+        for _ in range(min(args.train_interval, -(-(args.total_timesteps - global_step) // num_envs))):
+            with torch.no_grad():
+                if global_step < args.warmup_steps:
+                    uniform = torch.rand(args.num_envs, *space.shape, device=device)
+                    actions = actor.low + (actor.high - actor.low) * uniform
+                else:
+                    actions = actor.act(torch.as_tensor(obs, device=device), layers)
+                    noise = torch.randn_like(actions) * actor.scale * args.exploration_noise
+                    actions = torch.clamp(actions + noise, actor.low, actor.high)
+            actions = actions.cpu().numpy()
+            obs, reward, terminated, truncated, infos = envs.step(actions)
+            steps.append((state, actions, reward, infos["final_state"], terminated, truncated))
+            state = infos["state"]
+            global_step += num_envs
+            experiment.log_episodes(writer, infos, global_step)
+        replay.add(steps)
 
-        # learn: with --overlap from what was there before this round
-        learning = (previous_step if args.overlap else global_step) > learning_starts
+        # learn: what is reset learns before it acts
+        learning = global_step > learning_starts
         if learning:
-            for _ in range(args.updates_per_round):
-                num_updates += 1
-                logs |= updates[num_updates % args.policy_freq == 0]()
             if reset_due(args.actor_reset_interval, previous_step, global_step, args.total_timesteps):
                 num_reset = reset_actor(actor, args.actor_reset_ratio)
                 experiment.broadcast(actor)
@@ -689,8 +706,9 @@ def main():
                 reset_critic(learner.critic, member)
                 experiment.broadcast(learner.critic)
                 writer.add_scalar("resets/critic_member", member, global_step)
-        if args.overlap:
-            infos = store(block.result(), previous_step)
+            for _ in range(args.updates_per_round):
+                num_updates += 1
+                logs |= updates[num_updates % args.policy_freq == 0]()
 
         # log
         finished = global_step >= args.total_timesteps
@@ -718,7 +736,7 @@ def main():
             counters = dict(global_step=global_step, num_updates=num_updates, trained_steps=trained_steps)
             counters |= dict(training_seconds=training_seconds, learning_starts=learning_starts)
             kept = replay if args.checkpoint_buffer else None
-            parts = (learner, envs, obs, counters, beside.generator, logs, kept)
+            parts = (learner, envs, obs, counters, logs, kept)
             seconds = experiment.write_checkpoint(run_folder, *parts)
             writer.add_scalar("charts/checkpoint_seconds", seconds, global_step)
         progress.set_postfix(status, refresh=False)

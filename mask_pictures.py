@@ -8,28 +8,18 @@
 A network has `layers`, each with `weight` W, (out, in) or where nothing is shared (M, out, in), `thresholds` s
 (M, out, in) and `masks()` (M, out, in) bool, true where mask k keeps a weight: |W| > sigmoid(s_k).
 
-Tensors are reduced on their device, and only small ones come to the host. No random numbers are drawn. Drawing takes
-NumPy and Pillow only, which come with tensorboard.
+Tensors are reduced on their device, and only small ones come to the host. No random numbers are drawn.
 """
 
-import functools
 import math
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
 
 UNMASKED = -500.0  # thresholds below this mask nothing: their sigmoid is 0
 SMALLEST = -12.0  # what is smaller than 10 to this power, 0 included, counts as this power
-LARGEST_SAMPLE = 100_000  # values in one of TensorBoard's histograms
-
-# in units of `scale` pixels: side of a panel, left edge of the first, distance to the next, sizes of text
-SIDE, LEFT, PITCH, SMALL, NORMAL, LARGE = 240, 70, 370, 11, 13, 17
-BLACK, GREY, BAR = (30, 30, 30), (215, 215, 215), (49, 104, 142)
-# viridis from light to dark, even steps to the eye and in grey
-VIRIDIS = ("fde725", "addc30", "5ec962", "28ae80", "21918c", "2c728e", "3b528b", "472d7b", "440154")
-VIRIDIS = np.array([[int(color[i : i + 2], 16) for i in (0, 2, 4)] for color in VIRIDIS], np.float64)
+LARGEST_SAMPLE = 100_000  # values in a histogram
 
 
 # ---- What masks share ----
@@ -54,6 +44,7 @@ def kept_by(layer):
     return torch.bincount(masks.sum(0).flatten(), minlength=len(masks) + 1) / masks[0].numel()
 
 
+@torch.no_grad()
 def log_sizes(layer):
     """log10 of |W|, shape of W, and of sigmoid(s), (M, out, in): finite, at least SMALLEST."""
     weights = layer.weight.abs().log10()
@@ -69,195 +60,82 @@ def every_kth(x):
     return x.flatten()[::k]
 
 
-def whole_decades(x):
-    """(low, high): the powers of ten around the values x of log10, but for the smallest 0.2 %."""
-    low, high = torch.stack([every_kth(x).quantile(0.002), x.max()]).tolist()
-    return math.floor(low), max(math.ceil(high), math.floor(low) + 1)
-
-
-def joint_histogram(x, y, bins):
-    """Of x (out, in) or (M, out, in) and y (M, out, in): counts (bins of y, bins of x), and the ranges of x and y."""
-    (left, right), (bottom, top) = ranges = whole_decades(x), whole_decades(y)
-    column = ((x - left) * (bins / (right - left))).floor().clamp(max=bins - 1)
-    row = ((y - bottom) * (bins / (top - bottom))).floor().clamp(max=bins - 1)
-    index = torch.where((column >= 0) & (row >= 0), row * bins + column, bins**2).long()
-    counts = torch.bincount(index.flatten(), minlength=bins**2 + 1)[:-1]
-    return counts.view(bins, bins).cpu().numpy(), *ranges
-
-
 # ---- Drawing ----
-def viridis(x):
-    """Colours (..., 3) uint8 of numbers from 0, light, to 1, dark."""
-    at = np.clip(x, 0, 1) * (len(VIRIDIS) - 1)
-    return np.stack([np.interp(at, range(len(VIRIDIS)), c) for c in VIRIDIS.T], -1).round().astype(np.uint8)
-
-
-def round_up(x):
-    """The end of an axis that starts at 0 and holds x."""
-    power = 10 ** math.floor(math.log10(max(x, 0.1)))
-    return next(end for step in (1, 1.5, 2, 3, 4, 5, 6, 8, 10) if (end := power * step) >= x * (1 - 1e-6))
-
-
-def percent(x):
+def percent(share):
     """A share as text, short enough for a cell."""
-    return "0" if x == 0 else "<0.1" if x < 5e-4 else f"{100 * x:.1f}"
+    return "0" if share == 0 else "<0.1" if share < 5e-4 else f"{100 * share:.1f}"
 
 
-font = functools.cache(ImageFont.load_default)  # of a size
+def draw_differences(ax, matrix):
+    """Heat map of (M, M) with numbers in percent or, where cells are too small for them, a colour bar."""
+    cells = np.ma.array(100 * matrix, mask=np.eye(len(matrix), dtype=bool))
+    end = max(cells.data.max(), 0.1)
+    ax.set_facecolor("lightgrey")  # where a mask meets itself
+    image = ax.imshow(cells, cmap="viridis_r", vmin=0, vmax=end, aspect="auto")
+    if len(matrix) > 8:
+        ax.figure.colorbar(image, cax=ax.inset_axes((1.03, 0, 0.04, 1)), ticks=(0, end / 2, end), format="%.2f")
+    else:
+        for i, j in np.argwhere(~cells.mask):
+            color = "white" if cells[i, j] > end / 2 else "black"
+            ax.text(j, i, percent(matrix[i, j]), color=color, ha="center", va="center")
+    ax.locator_params(integer=True, nbins=9)
+    ax.set(xlabel="mask", ylabel="mask")
 
 
-class Canvas:
-    """A white picture on which lengths are in units of `scale` pixels."""
-
-    def __init__(self, width, height, scale):
-        self.scale = scale
-        self.image = Image.new("RGB", (width * scale, height * scale), "white")
-        self.drawing = ImageDraw.Draw(self.image)
-
-    def text(self, x, y, text, size=SMALL, anchor="mm", fill=BLACK, halo=0):
-        place, options = (x * self.scale, y * self.scale), dict(stroke_width=halo * self.scale, stroke_fill="white")
-        self.drawing.text(place, text, fill, font(size * self.scale), anchor, **options)
-
-    def axis_titles(self, left, top, across, up):
-        """Below a panel, and turned on its left."""
-        self.text(left + SIDE / 2, top + SIDE + 30, across, NORMAL)
-        face, height = font(NORMAL * self.scale), (NORMAL + 5) * self.scale
-        width = math.ceil(face.getlength(up))
-        strip = Image.new("RGB", (width, height), "white")
-        ImageDraw.Draw(strip).text((width / 2, height / 2), up, BLACK, face, "mm")
-        x, y = (left - 48) * self.scale - height // 2, (top + SIDE // 2) * self.scale - width // 2
-        self.image.paste(strip.rotate(90, expand=True), (x, y))
-
-    def power_of_ten(self, x, y, exponent, anchor):
-        """10^exponent, centred at x or ending there ("r"), written out since the font has no small digits."""
-        ten, small = (font(size * self.scale).getlength(s) for size, s in ((SMALL, "10"), (9, str(exponent))))
-        x -= (ten + small) / self.scale * (1 if anchor == "r" else 0.5)
-        self.text(x, y, "10", anchor="lm")
-        self.text(x + ten / self.scale, y - 4, str(exponent), 9, "lm")
-
-    def line(self, points, fill=BLACK, width=1):
-        self.drawing.line([(x * self.scale, y * self.scale) for x, y in points], fill, width * self.scale)
-
-    def box(self, left, top, right, bottom, fill=None, outline=None):
-        ends = (left, top, right, bottom)
-        self.drawing.rectangle([round(end * self.scale) for end in ends], fill, outline, self.scale)
-
-    def cells(self, left, top, width, height, colors):
-        """Colours (rows, columns, 3) as a grid of that size, in a frame."""
-        grid = Image.fromarray(np.ascontiguousarray(colors))
-        size = (width * self.scale, height * self.scale)
-        self.image.paste(grid.resize(size, Image.Resampling.NEAREST), (left * self.scale, top * self.scale))
-        self.box(left, top, left + width, top + height, outline=BLACK)
-
-    def color_bar(self, left, top, labels):
-        """The colours from 0, at the bottom, to 1, with labels at even distances."""
-        self.cells(left, top, 10, SIDE, viridis(np.linspace(1, 0, SIDE))[:, None])
-        for i, label in enumerate(labels):
-            y = top + SIDE * (1 - i / (len(labels) - 1))
-            self.line([(left + 10, y), (left + 13, y)])
-            self.text(left + 16, y, label, anchor="lm")
+def draw_thresholds(ax, sizes, thresholds):
+    """2-D histogram of log10 of |W| and of sigmoid(s), (n,) each; on the diagonal a weight is just masked."""
+    low = math.floor(min(np.quantile(x, 0.002) for x in (sizes, thresholds)))
+    high = max(math.ceil(max(sizes.max(), thresholds.max())), low + 1)
+    bins = 60 if len(sizes) > 20_000 else 30
+    ax.hist2d(sizes, thresholds, bins, range=[(low, high)] * 2, norm="log", vmin=1, cmap="viridis_r")
+    ax.plot((low, high), (low, high), "black")
+    for x, y, text, anchor in ((0.04, 0.93, "masked", "left"), (0.96, 0.07, "kept", "right")):
+        ax.text(x, y, text, ha=anchor, va="center", transform=ax.transAxes, bbox=dict(color="white", pad=1))
+    ax.locator_params(integer=True, nbins=7)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter("$10^{{{x:.0f}}}$")
+    ax.set(xlabel="|W|", ylabel="sigmoid(s)")
 
 
-def labelled(count):
-    """Which of `count` things along a side to label, so that labels have 13 units each."""
-    return range(0, count, math.ceil(13 * count / SIDE))
-
-
-def draw_differences(canvas, left, top, matrix):
-    """Heat map of (M, M) in percent; grey where a mask meets itself."""
-    m = len(matrix)
-    end = round_up(100 * matrix.max()) / 100
-    colors = viridis(matrix / end)
-    colors[range(m), range(m)] = GREY
-    canvas.cells(left, top, SIDE, SIDE, colors)
-    middle = (np.arange(m) + 0.5) * SIDE / m
-    for i in range(m if m <= 8 else 0):
-        for j in set(range(m)) - {i}:
-            fill = "white" if colors[i, j] @ (0.3, 0.59, 0.11) < 130 else BLACK
-            canvas.text(left + middle[j], top + middle[i], percent(matrix[i, j]), NORMAL if m < 6 else SMALL, fill=fill)
-    for i in labelled(m):
-        canvas.text(left + middle[i], top + SIDE + 10, str(i))
-        canvas.text(left - 6, top + middle[i], str(i), anchor="rm")
-    canvas.axis_titles(left, top, "mask", "mask")
-    canvas.color_bar(left + SIDE + 10, top, [f"{100 * end * share:.3g} %" for share in (0, 0.5, 1)])
-
-
-def draw_thresholds(canvas, left, top, counts, across, up):
-    """2-D histogram, and the diagonal on which a weight is just kept; across, up: the axes' ranges in decades."""
-    most = counts.max()
-    colors = viridis(np.log(np.maximum(counts, 1)) / math.log(max(most, 2)))
-    colors[counts == 0] = 255
-    canvas.cells(left, top, SIDE, SIDE, colors[::-1])
-
-    def place(x, y):
-        x, y = (x - across[0]) / (across[1] - across[0]), (y - up[0]) / (up[1] - up[0])
-        return left + SIDE * x, top + SIDE * (1 - y)
-
-    start, end = max(across[0], up[0]), min(across[1], up[1])
-    if start < end:
-        canvas.line([place(start, start), place(end, end)], "white", 4)
-        canvas.line([place(start, start), place(end, end)], BLACK, 2)
-    if across[0] < up[1]:
-        canvas.text(left + 7, top + 13, "masked", NORMAL, "lm", halo=2)
-    if up[0] < across[1]:
-        canvas.text(left + SIDE - 7, top + SIDE - 13, "kept", NORMAL, "rm", halo=2)
-    for exponent in range(across[0], across[1] + 1, math.ceil((across[1] - across[0]) / 6)):
-        x, _ = place(exponent, up[0])
-        canvas.line([(x, top + SIDE), (x, top + SIDE + 4)])
-        canvas.power_of_ten(x, top + SIDE + 14, exponent, "m")
-    for exponent in range(up[0], up[1] + 1, math.ceil((up[1] - up[0]) / 10)):
-        _, y = place(across[0], exponent)
-        canvas.line([(left - 4, y), (left, y)])
-        canvas.power_of_ten(left - 7, y, exponent, "r")
-    canvas.axis_titles(left, top, "|W|", "sigmoid(s)")
-    canvas.color_bar(left + SIDE + 10, top, ["1", f"{most:,}"])
-
-
-def draw_kept_by(canvas, left, top, shares):
+def draw_kept_by(ax, shares):
     """Bars of (M + 1,) in percent."""
-    end = round_up(100 * shares.max()) / 100
-    width, height, bottom = SIDE / len(shares), SIDE - 18, top + SIDE  # room for numbers above the bars
-    for tick in np.linspace(0, 1, 6):
-        y = bottom - height * tick
-        canvas.line([(left, y), (left + SIDE, y)], GREY)
-        canvas.line([(left - 4, y), (left, y)])
-        canvas.text(left - 7, y, f"{100 * end * tick:.3g}", anchor="rm")
-    for i, share in enumerate(shares):
-        y = bottom - height * share / end
-        canvas.box(left + (i + 0.15) * width, y, left + (i + 0.85) * width, bottom, BAR)
-        if len(shares) <= 9:  # on white, since lines of the grid pass behind
-            canvas.text(left + (i + 0.5) * width, y - 8, percent(share), halo=2)
-    canvas.box(left, top, left + SIDE, bottom, outline=BLACK)
-    for i in labelled(len(shares)):
-        canvas.text(left + (i + 0.5) * width, bottom + 10, str(i))
-    canvas.axis_titles(left, top, "masks that keep a weight", "share of weights, %")
+    bars = ax.bar(range(len(shares)), 100 * shares)
+    if len(shares) <= 9:
+        ax.bar_label(bars, map(percent, shares), size="small", padding=1)
+    ax.margins(0.02, 0.1)
+    ax.locator_params("x", integer=True, nbins=9)
+    ax.set(xlabel="masks that keep a weight", ylabel="share of weights, %")
 
 
 @torch.no_grad()
-def draw(network, name, scale=1):
-    """Picture of all masked layers, uint8 (H, W, 3), a row each; `scale` multiplies its pixels, for paper."""
-    row_height, first_row, num_masks = SIDE + 85, 70, len(network.layers[0].thresholds)
-    canvas = Canvas(3 * PITCH, first_row + row_height * len(network.layers), scale)
-    canvas.text(LEFT, 18, f"{name}, {num_masks} mask{'s' if num_masks > 1 else ''}", LARGE, "lm")
-    headings = ("weights that only one of two masks keeps", "weights of all masks by size and threshold")
-    headings += ("weights by number of masks that keep them",)
-    for column, heading in enumerate(headings):
-        canvas.text(LEFT + PITCH * column, 46, heading, NORMAL, "lm")
-    for i, layer in enumerate(network.layers):
-        top, shares = first_row + row_height * i + 24, kept_by(layer).cpu().numpy()
+def draw(network, name):
+    """A matplotlib Figure of all masked layers, a row each. `savefig` writes it, larger with a higher dpi than 90."""
+    # here, since it takes a second; not pyplot, which looks for a screen and keeps every figure
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    num_masks, height = len(network.layers[0].thresholds), 1 + 3.6 * len(network.layers)  # inches
+    figure = Figure((12.4, height), dpi=90)
+    FigureCanvasAgg(figure)
+    edges = dict(left=0.06, right=0.98, bottom=0.6 / height, top=1 - 1.15 / height, wspace=0.5, hspace=0.4)
+    axes = figure.subplots(len(network.layers), 3, squeeze=False, gridspec_kw=edges)
+    figure.text(0.06, 1 - 0.3 / height, f"{name}, {num_masks} mask{'s' if num_masks > 1 else ''}", size="large")
+    headings = ("weights that only one of two masks keeps, %", "weights by size and threshold, dark where many")
+    for ax, heading in zip(axes[0], (*headings, "weights by how many masks keep them"), strict=True):
+        ax.text(0, 1.15, heading, transform=ax.transAxes)
+    for i, (layer, row) in enumerate(zip(network.layers, axes, strict=True), start=1):
+        shares, (sizes, thresholds) = kept_by(layer).cpu().numpy(), log_sizes(layer)
         masked = percent(shares @ np.arange(num_masks, -1, -1) / num_masks)
-        outputs, inputs = layer.thresholds.shape[1:]
-        title = f"layer {i + 1}: {inputs} inputs, {outputs} output{'s' if outputs > 1 else ''}, {masked} % masked"
-        canvas.text(LEFT, top - 12, title, NORMAL, "lm")
-        draw_differences(canvas, LEFT, top, difference_matrix(layer).cpu().numpy())
-        bins = 60 if layer.thresholds.numel() > 20_000 else 30
-        draw_thresholds(canvas, LEFT + PITCH, top, *joint_histogram(*log_sizes(layer), bins))
-        draw_kept_by(canvas, LEFT + 2 * PITCH, top, shares)
-    return np.asarray(canvas.image)
+        outputs, inputs = thresholds.shape[1:]
+        title = f"layer {i}: {inputs} inputs, {outputs} output{'s' if outputs > 1 else ''}, {masked} % masked"
+        row[0].text(0, 1.04, title, transform=row[0].transAxes)
+        draw_differences(row[0], difference_matrix(layer).cpu().numpy())
+        draw_thresholds(row[1], *(every_kth(x).cpu().numpy() for x in (sizes.expand_as(thresholds), thresholds)))
+        draw_kept_by(row[2], shares)
+    return figure
 
 
 # ---- TensorBoard ----
-@torch.no_grad()
 def log_masks(writer, name, network, step):
     """Write the picture, each layer's thresholds and weights as histograms of log10, and two shares of weights.
 
@@ -265,7 +143,9 @@ def log_masks(writer, name, network, step):
     """
     if not masks_act(network):
         return
-    writer.add_image(f"masks/{name}", draw(network, name), step, dataformats="HWC")
+    canvas = draw(network, name).canvas
+    canvas.draw()
+    writer.add_image(f"masks/{name}", np.asarray(canvas.buffer_rgba())[..., :3], step, dataformats="HWC")
     none = every = total = 0
     for i, layer in enumerate(network.layers, start=1):
         for what, values in zip(("weights", "thresholds"), log_sizes(layer), strict=True):

@@ -37,7 +37,7 @@ from experiment import RESUME_MAY_CHANGE, fail, read_flags, require  # noqa: E40
 
 RUN_NAME = re.compile(r"(?P<env_id>.+?)__(?P<exp_name>.+)__(?P<seed>\d+)__(?P<time>\d+)")
 LOGS = Path("runs", "grid_logs")
-MAY_DIFFER = ("exp_name", *RESUME_MAY_CHANGE.split())
+MAY_DIFFER = ("exp_name", "precision", *RESUME_MAY_CHANGE.split())  # --precision auto depends on the machine
 logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of every resumed run
 
 SLURM = """\

@@ -13,7 +13,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import tyro
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -90,7 +89,8 @@ def main():
             print(f"{name}: no masks, no picture")
             continue
         try:
-            Image.fromarray(draw(network, name, options.scale)).save(path)
+            figure = draw(network, name)
+            figure.savefig(path, dpi=options.scale * figure.dpi)
         except OSError as error:
             experiment.fail(f"--out: {path}: {error.strerror or error}, expected a place to write to")
         print(path)

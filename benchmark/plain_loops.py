@@ -136,10 +136,18 @@ class PlainLearner:
 
     @torch.no_grad()
     def update_targets(self):
-        pairs = [(self.critic, self.target_critic)] + [(self.actor, self.target_actor)] * self.num_agents
-        for network, target in pairs:  # the shared target actor once per agent
+        """The critic's target once; then agent by agent the target of the network that the agent holds.
+
+        A network that all agents hold is thus averaged once per agent, and one of an agent's own once.
+        """
+        polyak, agents = self.args.polyak, [slice(None)] * self.num_agents
+        if self.args.sharing == "none":
+            agents = range(self.num_agents)  # the rows of its own network
+        pairs = [(self.critic, self.target_critic, slice(None))]
+        pairs += [(self.actor, self.target_actor, rows) for rows in agents]
+        for network, target, rows in pairs:
             for parameter, slow in zip(network.parameters(), target.parameters(), strict=True):
-                slow.copy_((1 - self.args.polyak) * slow + self.args.polyak * parameter)
+                slow[rows] = (1 - polyak) * slow[rows] + polyak * parameter[rows]
 
     def update(self, batch, noise, with_policy):
         self.update_critic(batch, noise)

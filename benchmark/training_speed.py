@@ -2,7 +2,7 @@
 
     python benchmark/training_speed.py
     python benchmark/training_speed.py --scripts mappo --sharing kaleidoscope full none
-    python benchmark/training_speed.py --modes eager compiled overlap
+    python benchmark/training_speed.py --modes eager compiled
     python benchmark/training_speed.py --scripts matd3 --num-critics 2  # flags that are not its own go to the scripts
 
 Each line is a run of a script: its rounds (MATD3: acting for --train-interval steps of all environments, then
@@ -10,8 +10,7 @@ Each line is a run of a script: its rounds (MATD3: acting for --train-interval s
 logging and evaluation, with values tuned for the env id. The runs take turns, round by round, so that they meet the
 same conditions. Printed are medians over the timed rounds: environment steps a second; milliseconds an update; the time
 that 10,000,000 steps would take at that pace, without evaluation; environment steps a second of the physics alone; and
-the shares of acting (networks), physics, copying (actions to the host, transitions to the device) and updates. With
-overlap, these are not one after the other, and have no shares.
+the shares of acting (networks), physics, copying (actions to the host, transitions to the device) and updates.
 """
 
 import dataclasses
@@ -31,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import kalei_mappo_mamujoco as mappo  # noqa: E402
 import kalei_matd3_mamujoco as matd3  # noqa: E402
-from cuda_graphs import Beside, OneLaunch  # noqa: E402
+from cuda_graphs import OneLaunch  # noqa: E402
 from mamujoco_env import MaMuJoCoVecEnv  # noqa: E402
 
 PARTS = ("acting", "physics", "copying", "updates")
@@ -49,8 +48,8 @@ class Options:
     """where networks, storage and updates live; auto takes the GPU if there is one"""
     threads: int = os.cpu_count()
     """threads for the products and for the physics"""
-    modes: tuple[Literal["eager", "graph", "compiled", "compiled graph", "overlap", "overlap graph"], ...] = ()
-    """what of --cudagraph, --compile and --overlap the runs use; by default eager, and with a GPU also graphs"""
+    modes: tuple[Literal["eager", "graph", "compiled", "compiled graph"], ...] = ()
+    """what of --cudagraph and --compile the runs use; by default eager, and with a GPU also graphs"""
     rounds: int = 5
     """timed rounds of each run"""
     warmup_rounds: int = 1
@@ -62,7 +61,7 @@ class Run:
 
     def __init__(self, script, sharing, mode, options, flags):
         self.args, _ = script.parse_args(["--env-id", options.env_id, "--sharing", sharing, *flags])
-        args, self.threads, self.overlap = self.args, options.threads, "overlap" in mode
+        args, self.threads = self.args, options.threads
         self.device = torch.device("cuda" if on_gpu(options) else "cpu")
         self.envs = MaMuJoCoVecEnv(
             args.env_id, args.num_envs, args.seed, options.threads, args.episode_limit, args.agent_obsk
@@ -76,15 +75,12 @@ class Run:
             OneLaunch, device=self.device, cudagraph="graph" in mode, compile="compiled" in mode
         )
         self.make_updates()
-        self.beside = Beside(self.device, self.overlap, args.seed)
         self.obs, infos = self.envs.reset()
         self.state = infos["state"]
         self.seconds = []  # of each timed round, by part
 
     def lap(self, part):
-        """Add the time since the last call to a part, where parts come one after the other."""
-        if self.overlap:
-            return
+        """Add the time since the last call to a part."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         now = time.perf_counter()
@@ -95,14 +91,13 @@ class Run:
         block = []
         for _ in range(self.steps):
             with torch.no_grad():
-                sampled = self.sample(self.beside.to_device(self.obs))
+                actions, bounded = self.sample(torch.as_tensor(self.obs, device=self.device))
             self.lap("acting")
-            on_host = torch.clamp(sampled["actions"], self.learner.actor.low, self.learner.actor.high).cpu().numpy()
+            actions, on_host = actions.cpu().numpy(), bounded.cpu().numpy()
             self.lap("copying")
             self.obs, reward, terminated, truncated, infos = self.envs.step(on_host)
             self.lap("physics")
-            outcome = dict(reward=reward, next_state=infos["final_state"], terminated=terminated, truncated=truncated)
-            block.append(dict(state=self.state, **sampled, **outcome))
+            block.append((self.state, actions, reward, infos["final_state"], terminated, truncated))
             self.state = infos["state"]
         return block
 
@@ -111,17 +106,11 @@ class Run:
         self.spent = dict.fromkeys(PARTS, 0.0)
         with torch.no_grad():
             self.policy = self.keep_policy(self.learner.actor)
-        block = self.beside.start(self.act)
-        if not self.overlap:
-            self.store(block.result())
-            self.lap("copying")
+        self.store(self.act())
+        self.lap("copying")
         torch.set_num_threads(self.threads)
         self.update()
         self.lap("updates")
-        if self.overlap:
-            self.store(block.result())
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
         if timed:
             self.seconds.append(self.spent | {"whole": time.perf_counter() - start})
 
@@ -137,7 +126,7 @@ class Matd3(Run):
         for _ in range(rows):  # of real physics, with random actions
             actions = self.envs.action_space.sample()
             _, reward, terminated, truncated, infos = self.envs.step(actions)
-            self.replay.add(state, actions, reward, infos["final_state"], terminated, truncated)
+            self.replay.add([(state, actions, reward, infos["final_state"], terminated, truncated)])
             state = infos["state"]
 
     def make_updates(self):
@@ -147,17 +136,17 @@ class Matd3(Run):
         self.updates = [self.launch(functools.partial(update, with_policy)) for with_policy in (False, True)]
 
     def keep_policy(self, actor):
-        return [(weight, bias.clone()) for weight, bias in actor.effective_layers()]
+        return actor.effective_layers()
 
     def sample(self, obs):
         actor = self.learner.actor
         actions = actor.act(obs, self.policy)
-        noise = torch.empty_like(actions).normal_(generator=self.beside.generator)
-        return {"actions": actions + noise * actor.scale * self.args.exploration_noise}
+        noise = torch.randn_like(actions) * actor.scale * self.args.exploration_noise
+        actions = torch.clamp(actions + noise, actor.low, actor.high)
+        return actions, actions
 
     def store(self, block):
-        for transition in block:
-            self.replay.add(**transition)
+        self.replay.add(block)
 
     def update(self):
         for number in range(1, self.num_updates + 1):
@@ -175,17 +164,15 @@ class Mappo(Run):
         self.update = self.launch(lambda: self.learner.update(self.rollout))
 
     def keep_policy(self, actor):
-        if not self.overlap:
-            torch.set_num_threads(1)  # until the updates
+        torch.set_num_threads(1)  # until the updates
         return actor.effective_layers(), actor.std()
 
     def sample(self, obs):
-        actions, log_prob = self.learner.actor.sample(obs, *self.policy, self.beside.generator)
-        return {"actions": actions, "log_prob": log_prob}
+        actions = self.learner.actor.sample(obs, *self.policy)
+        return actions, self.learner.actor.to_bounds(actions)
 
     def store(self, block):
-        for step, transition in enumerate(block):
-            self.rollout.add(step, **transition)
+        self.rollout.store(block)
 
 
 def on_gpu(options):
@@ -203,7 +190,7 @@ def main():
     torch.set_num_threads(options.threads)
     torch.manual_seed(1)
     kinds = {"matd3": (Matd3, matd3), "mappo": (Mappo, mappo)}
-    modes = options.modes or (("eager", "graph", "overlap graph") if on_gpu(options) else ("eager",))
+    modes = options.modes or (("eager", "graph") if on_gpu(options) else ("eager",))
     runs = {}
     for script in options.scripts:
         for sharing in options.sharing:
@@ -220,12 +207,9 @@ def main():
     print("| --- " * 9 + "|")
     for name, run in runs.items():
         rate = run.steps * run.args.num_envs / statistics.median(spent["whole"] for spent in run.seconds)
-        row = [", ".join(name), f"{rate:,.0f}", "", f"{1e7 / rate / 3600:.1f}", "", *[""] * len(PARTS)]
-        if not run.overlap:
-            parts = [statistics.median(spent[part] for spent in run.seconds) for part in PARTS]
-            row[2] = f"{parts[-1] / run.num_updates * 1000:.2f}"
-            row[4] = f"{run.steps * run.args.num_envs / parts[1]:,.0f}"
-            row[5:] = [f"{part / sum(parts):.1%}" for part in parts]
+        parts = [statistics.median(spent[part] for spent in run.seconds) for part in PARTS]
+        row = [", ".join(name), f"{rate:,.0f}", f"{parts[-1] / run.num_updates * 1000:.2f}", f"{1e7 / rate / 3600:.1f}"]
+        row += [f"{run.steps * run.args.num_envs / parts[1]:,.0f}", *[f"{part / sum(parts):.1%}" for part in parts]]
         print("|", " | ".join(row), "|")
         run.envs.close()
 

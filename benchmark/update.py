@@ -85,7 +85,7 @@ def main():
     for _ in range(1000):  # 10,000 transitions of real physics
         actions = envs.action_space.sample()
         _, reward, terminated, truncated, infos = envs.step(actions)
-        replay.add(state, actions, reward, infos["final_state"], terminated, truncated)
+        replay.add([(state, actions, reward, infos["final_state"], terminated, truncated)])
         state = infos["state"]
     plain = PlainLearner(ours, dtype=torch.float32)
 

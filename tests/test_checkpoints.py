@@ -147,8 +147,6 @@ CASES = {  # script, its flags, and the block in which a signal comes, or None f
     "matd3 killed": (matd3, "", None),
     "matd3 stopped, without sharing": (matd3, "--sharing none --updates-per-round 1", 11),
     "matd3 stopped while it warms up": (matd3, "", 3),
-    "matd3 killed, with overlap": (matd3, "--overlap", None),
-    "mappo stopped, with overlap": (mappo, "--overlap --lr-decay True", 9),
     "mappo killed": (mappo, "--lr-decay False", None),
     "mappo stopped, learning rates fall": (mappo, "--lr-decay True --total-timesteps 630", 9),
 }
@@ -517,9 +515,8 @@ def test_no_flipped_bit_goes_unnoticed_and_changes_what_is_read(stopped, tmp_pat
 # ---- Arguments ----
 REFUSED = {
     "matd3": "--actor-lr 1e-3|--seed 4|--env-id Walker2d-v2-6x1|--n-step 3|--sharing full|--no-weighted-diversity"
-    "|--buffer-size 300|--exp-name other|--overlap|--layer-weights 1 1 1",
-    "mappo": "--clip 0.2|--sharing none|--lr 1e-3|--lr-decay False|--log-std shared|--num-minibatches 1"
-    "|--layer-weights 1 1 1 1",
+    "|--buffer-size 300|--exp-name other|--layer-weights 1 1 1",
+    "mappo": "--clip 0.2|--sharing none|--lr 1e-3|--lr-decay False|--num-minibatches 1|--layer-weights 1 1 1 1",
 }
 
 
@@ -628,7 +625,7 @@ def steps_of_data(number):
 def make_replay(rows, steps=()):
     replay = matd3.Replay(rows, ENVS, SIZE, (2, 3), N_STEP, 0.9, torch.device("cpu"))
     for step in steps:
-        replay.add(*step)
+        replay.add([step])
     return replay
 
 
@@ -655,8 +652,8 @@ def test_a_replay_buffer_comes_back_bit_for_bit(steps):
     loaded.load_state_dict(saved)
     assert_same_replay(loaded, replay)
     for step in data[steps:]:  # saved is a copy, and the ring turns on
-        replay.add(*step)
-        loaded.add(*step)
+        replay.add([step])
+        loaded.add([step])
         assert_same_replay(loaded, replay)
 
 
@@ -668,8 +665,8 @@ def test_a_ring_that_has_not_wrapped_loads_into_a_larger_one(steps, more):
     loaded.load_state_dict(make_replay(ROWS, data[:steps]).state_dict())
     assert_same_replay(loaded, expected)
     for step in data[steps:]:
-        loaded.add(*step)
-        expected.add(*step)
+        loaded.add([step])
+        expected.add([step])
         assert_same_replay(loaded, expected)
 
 
@@ -678,7 +675,7 @@ def test_what_is_saved_of_a_replay_buffer_stays_as_it_was():
     replay = make_replay(ROWS, data[:ROWS])
     saved, again = replay.state_dict(), make_replay(ROWS, data[:ROWS]).state_dict()
     for step in data[ROWS:]:
-        replay.add(*step)
+        replay.add([step])
     assert_same(saved, again, "replay")
 
 

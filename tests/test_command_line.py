@@ -318,8 +318,19 @@ def test_evaluating_on_another_task_is_refused(tmp_path, capsys, make_learner):
         experiment.load_actor(path, "Walker2d-v2-2x3", torch.device("cpu"), script.Actor, script.Args)
     err = capsys.readouterr().err
     assert stop.value.code == 2 and one_line(err) and "Hopper-v2-3x1" in err
-    actor, args = experiment.load_actor(path, script.Args.env_id, torch.device("cpu"), script.Actor, script.Args)
+    actor, args = experiment.load_actor(path, None, torch.device("cpu"), script.Actor, script.Args)
     assert args.env_id == "Hopper-v2-3x1" and len(actor.layers) == 3
+
+
+def test_a_model_is_evaluated_on_its_own_task_or_refused(trained, tmp_path):
+    """The default's name counts as any other: it is not what a model of another task was trained on."""
+    env_id, folder, _ = trained
+    for other in {"Ant-v2-4x2", "HalfCheetah-v2-2x3", "Hopper-v2-3x1"} - {env_id}:
+        code, out, err = run("--evaluate", folder / "model.pt", "--env-id", other, "--eval-episodes", 1, cwd=tmp_path)
+        assert code == 2 and one_line(err) and other in err and env_id in err and not out
+    for flags in ((), ("--env-id", env_id)):
+        code, out, err = run("--evaluate", folder / "model.pt", *flags, "--eval-episodes", 1, cwd=tmp_path)
+        assert code == 0 and out.startswith(f"{env_id}: return "), err
 
 
 def test_flags_win_over_tuned_values():

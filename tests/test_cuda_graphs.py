@@ -7,7 +7,6 @@ memory. What it cannot show is what CUDA itself asks of a graph; where there is 
 import contextlib
 import functools
 import shutil
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +15,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-import cuda_graphs
 import experiment
 import kalei_mappo_mamujoco as mappo
 import kalei_matd3_mamujoco as matd3
@@ -130,11 +128,11 @@ def same(a, b):
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
-def draw_step(device):
-    """One step of all environments, of normal numbers."""
-    ends = torch.rand(ENVS, device=device) < 0.1
-    state, next_state = torch.randn(2, ENVS, STATE, device=device)
-    return state, torch.randn(ENVS, AGENTS, ACT, device=device), torch.randn(ENVS, device=device), next_state, ends
+def draw_step():
+    """One step of all environments, of normal numbers: state, actions, reward, next_state, terminated, truncated."""
+    ends = torch.rand(ENVS).numpy() < 0.1
+    state, next_state = torch.randn(2, ENVS, STATE).numpy()
+    return state, torch.randn(ENVS, AGENTS, ACT).numpy(), torch.randn(ENVS).numpy(), next_state, ends, ends & False
 
 
 # ---- OneLaunch ----
@@ -206,9 +204,7 @@ def train_matd3(learner, replay, device, wrap):
     trace, logs, num_updates = [], {}, 0
     for number in range(10):
         layers = learner.actor.effective_layers()
-        for _ in range(5):
-            state, actions, reward, next_state, ends = draw_step(device)
-            replay.add(state, actions, reward, next_state, ends, torch.zeros_like(ends))
+        replay.add([draw_step() for _ in range(5)])
         for _ in range(4):
             num_updates += 1
             logs |= updates[num_updates % 2 == 0]()
@@ -234,7 +230,7 @@ def test_matd3_learns_the_same_with_graphs(sharing, device):
 
 def make_mappo(device, **flags):
     torch.manual_seed(0)
-    settings = dict(hidden_size=16, rollout_steps=6, num_epochs=2, num_minibatches=1, num_critics=2, log_std="agent")
+    settings = dict(hidden_size=16, rollout_steps=6, num_epochs=2, num_minibatches=1, num_critics=2)
     args = mappo.Args(clip=0.2, entropy_coef=0.01, lr=1e-3, **settings | flags)
     high = np.linspace(0.5, 1.5, AGENTS * ACT, dtype=np.float32).reshape(AGENTS, ACT)
     learner = mappo.Learner(STATE, -high, 2 * high, args, device)
@@ -248,11 +244,7 @@ def train_mappo(learner, rollout, device, wrap):
     trace = []
     for number in range(8):
         layers = learner.actor.effective_layers()
-        for step in range(6):
-            state, actions, reward, next_state, ends = draw_step(device)
-            outcome = dict(reward=reward, next_state=next_state, terminated=ends, truncated=torch.zeros_like(ends))
-            outcome["log_prob"] = torch.randn(ENVS, AGENTS, device=device) / 10
-            rollout.add(step, state=state, actions=actions, **outcome)
+        rollout.store([draw_step() for _ in range(6)])
         learner.scale_learning_rates(1 - number / 8)
         logs = update()
         if number == 5:
@@ -264,10 +256,10 @@ def train_mappo(learner, rollout, device, wrap):
     return trace
 
 
-@pytest.mark.parametrize("num_minibatches, own", [(1, False), (3, False), (3, True)])
+@pytest.mark.parametrize("num_minibatches", [1, 3])
 @pytest.mark.parametrize("sharing", ["kaleidoscope", "full", "none"])
-def test_mappo_learns_the_same_with_graphs(sharing, num_minibatches, own, device):
-    flags = dict(sharing=sharing, num_minibatches=num_minibatches, own_minibatches=own)
+def test_mappo_learns_the_same_with_graphs(sharing, num_minibatches, device):
+    flags = dict(sharing=sharing, num_minibatches=num_minibatches)
     trained, rollouts = zip(*[make_mappo(device, **flags) for _ in range(2)], strict=True)
     compare(
         trained,
@@ -324,64 +316,24 @@ def test_learning_rates_of_a_checkpoint_reach_the_tensors_that_a_graph_reads(tmp
     assert all(a is b for a, b in zip(kept, rates, strict=True))
 
 
-# ---- --overlap ----
-OVERLAP = "--device cpu --num-threads 1 --env-id Hopper-v2-3x1 --num-envs 4 --hidden-size 16 --num-critics 2"
-OVERLAP += " --eval-episodes 0 --total-timesteps 400 --overlap --checkpoint-interval 400"
-OVERLAP = {
-    matd3: f"{OVERLAP} --warmup-steps 80 --batch-size 16 --train-interval 10 --updates-per-round 2 --buffer-size 300",
-    mappo: f"{OVERLAP} --rollout-steps 10 --num-epochs 1 --num-minibatches 1",
-}
-
-
-class AtOnce:
-    """Stands in for ThreadPoolExecutor: does its work when it is asked to, or when the result is wanted."""
-
-    def __init__(self, later):
-        self.later = later
-
-    def submit(self, function, *arguments):
-        if self.later:
-            return SimpleNamespace(result=lambda: function(*arguments))
-        result = function(*arguments)
-        return SimpleNamespace(result=lambda: result)
-
-
-def train_with_overlap(script, folder, monkeypatch):
-    """The last checkpoint of a run of 10 rounds of 40 steps."""
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", [script.__file__, *OVERLAP[script].split()])
-    script.main()
-    (path,) = folder.glob("runs/*/checkpoint.pt")
-    return torch.load(path, weights_only=True)
-
-
-@pytest.mark.parametrize("script", [matd3, mappo], ids=["matd3", "mappo"])
-def test_acting_beside_the_updates_is_as_acting_before_or_after_them(script, tmp_path, monkeypatch):
-    """Neither reads what the other changes: the order is not seen in weights, environments and stored steps."""
-    whole = train_with_overlap(script, tmp_path / "threads", monkeypatch)
-    for later in (False, True):
-        monkeypatch.setattr(cuda_graphs, "ThreadPoolExecutor", lambda *_, later=later: AtOnce(later))
-        other = train_with_overlap(script, tmp_path / f"later {later}", monkeypatch)
-        for part in ("learner", "replay", "random"):
-            assert list(whole[part]) == list(other[part]) != []
-            for name, value in whole[part].items():
-                assert torch.equal(torch.as_tensor(value), torch.as_tensor(other[part][name])), name
-        assert torch.equal(whole["obs"], other["obs"])
-
-
-@pytest.mark.parametrize("script", [matd3, mappo], ids=["matd3", "mappo"])
-def test_updates_with_overlap_learn_from_what_was_acted_before(script, tmp_path, monkeypatch):
-    seen, update = [], script.Learner.update
-
-    def note(self, data, *arguments, **options):
-        seen.append(data.state.clone())
-        return update(self, data, *arguments, **options)
-
-    monkeypatch.setattr(script.Learner, "update", note)
-    train_with_overlap(script, tmp_path / "run", monkeypatch)
-    # of ten rounds, MATD3's first three do not learn (80 steps of warm-up, and one round more), and MAPPO's first
-    assert len(seen) == (2 * 7 if script is matd3 else 9)
-    if script is mappo:
-        assert len({states.sum().item() for states in seen}) == 9, "each rollout once"
-        assert all(len(states.unique()) > 100 for states in seen), "an empty rollout"
+@pytest.mark.parametrize("make, script", [(make_matd3, matd3), (make_mappo, mappo)], ids=["matd3", "mappo"])
+def test_an_optimiser_keeps_the_options_of_its_own_device(make, script, tmp_path):
+    """A checkpoint of the CPU has capturable=False in its groups, which a GPU's graphs cannot do with."""
+    learner, _ = make(torch.device("cpu"))
+    for parameter in learner.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for optimizer in learner.optimizers:
+        optimizer.step()
+    envs = SimpleNamespace(get_state=dict, set_state=lambda state: None)
+    experiment.write_checkpoint(str(tmp_path), learner, envs, np.zeros(1), {"global_step": 0})
+    checkpoint = experiment.read_checkpoint(str(tmp_path), script.Args)
+    other, _ = make(torch.device("cpu"))
+    for optimizer in other.optimizers:  # as it would be made on another device
+        for group in optimizer.param_groups:
+            group |= dict(capturable=True, fused=None, foreach=True)
+    experiment.restore(checkpoint, other, envs, "global_step")
+    for old, new in zip(learner.optimizers, other.optimizers, strict=True):
+        for group in new.param_groups:
+            assert (group["capturable"], group["fused"], group["foreach"]) == (True, None, True)
+        for a, b in zip(old.state_dict()["state"].values(), new.state_dict()["state"].values(), strict=True):
+            assert all(torch.equal(a[name], b[name]) for name in ("step", "exp_avg", "exp_avg_sq")) and a["step"] == 1

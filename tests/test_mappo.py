@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 import kalei_mappo_mamujoco as script
@@ -26,7 +27,7 @@ def make_learner():
     def make(dtype=torch.float32, seed=0, **changes):
         torch.manual_seed(seed)
         settings = dict(rollout_steps=6, num_epochs=2, num_minibatches=2, clip=0.2, entropy_coef=0.01, lr=1e-3)
-        settings |= dict(lr_decay=False, log_std="shared", hidden_size=16, history_length=3, num_envs=4) | changes
+        settings |= dict(lr_decay=False, hidden_size=16, history_length=3, num_envs=4) | changes
         learner = script.Learner(STATE, *make_bounds(), script.Args(**settings), CPU)
         learner.actor.to(dtype)
         learner.critic.to(dtype)
@@ -41,17 +42,13 @@ def make_learner():
 def make_rollout():
     """A function that draws a Rollout that fits make_learner's learners, as if the actor had sampled its actions."""
 
-    def make(actor, steps=6, num_envs=4, dtype=torch.float32, seed=0):
+    def make(steps=6, num_envs=4, dtype=torch.float32, seed=0):
         torch.manual_seed(seed)
         rollout = script.Rollout(steps, num_envs, STATE, (AGENTS, ACT), CPU)
         for name in ("state", "next_state", "actions", "reward"):
             setattr(rollout, name, torch.randn_like(getattr(rollout, name)).to(dtype))
         rollout.terminated = torch.rand(steps, num_envs) < 0.2
         rollout.truncated = (torch.rand(steps, num_envs) < 0.2) & ~rollout.terminated
-        obs = script.agent_observations(rollout.state, AGENTS).flatten(0, 1).transpose(0, 1)
-        with torch.no_grad():
-            log_prob = actor.log_prob(obs, rollout.actions.flatten(0, 1).transpose(0, 1), actor.effective_layers())
-        rollout.log_prob = log_prob.mT.view(steps, num_envs, AGENTS)
         return rollout
 
     return make
@@ -103,7 +100,7 @@ def test_a_cut_bootstraps_from_where_it_was_cut_and_a_termination_from_nothing(s
 
 def test_prepare_bootstraps_from_the_next_state_of_each_step(make_learner, make_rollout):
     learner = make_learner(num_critics=3, ensemble_value="min")
-    rollout = make_rollout(learner.actor)
+    rollout = make_rollout()
     critic = learner.critic
     critic.value_norm.update(torch.randn(100) * 5 + 20)
     with torch.no_grad():
@@ -123,7 +120,7 @@ def test_prepare_bootstraps_from_the_next_state_of_each_step(make_learner, make_
 
 def test_prepare_lays_out_steps_of_agents_in_one_order(make_learner, make_rollout):
     learner = make_learner()
-    rollout = make_rollout(learner.actor)
+    rollout = make_rollout()
     batch, _ = learner.prepare(rollout)
     for step, env in ((0, 0), (2, 3), (5, 1)):
         row = step * 4 + env
@@ -136,7 +133,7 @@ def test_prepare_lays_out_steps_of_agents_in_one_order(make_learner, make_rollou
 def test_partial_observations_come_from_the_columns(make_learner, make_rollout):
     columns = np.array([[0, 3, -1], [1, 2, 6], [4, 5, -1]])
     learner = make_learner()
-    rollout = make_rollout(learner.actor)
+    rollout = make_rollout()
     learner = script.Learner(STATE, *make_bounds(), learner.args, CPU, columns)
     batch, _ = learner.prepare(rollout)
     assert batch.obs.shape == (AGENTS, 24, 3 + AGENTS)
@@ -212,7 +209,7 @@ def test_value_loss_equals_a_plain_loop():
 
 # ---- policies ----
 def test_probability_and_entropy_leave_padding_out(make_learner):
-    learner = make_learner(torch.float64, log_std="agent", output_gain=1.0)
+    learner = make_learner(torch.float64, output_gain=1.0)
     actor = learner.actor
     with torch.no_grad():
         actor.log_std.copy_(torch.randn_like(actor.log_std))
@@ -232,25 +229,24 @@ def test_probability_and_entropy_leave_padding_out(make_learner):
     assert actor.log_std.grad[2, 0, 1] == 0 and (actor.log_std.grad[:2] != 0).all()
 
 
-def test_samples_follow_the_policy_and_only_act_clips(make_learner):
+def test_samples_follow_the_policy_and_are_clipped_and_scaled_on_their_way_out(make_learner):
     actor = make_learner(output_gain=3.0).actor
     with torch.no_grad():
         layers = actor.effective_layers()
         obs = torch.randn(1, AGENTS, STATE + AGENTS)
         many = obs.expand(20_000, -1, -1)
-        samples, log_prob = actor.sample(many, layers, actor.std())
+        samples = actor.sample(many, layers, actor.std())
         mean = actor(obs.transpose(0, 1), layers).transpose(0, 1)
         assert actor.std().flatten()[0].item() == pytest.approx(0.5 / (1 + math.exp(-1)))
         assert (samples.mean(0) - mean[0]).abs().max() < 0.02 and (samples.std(0) - actor.std()).abs().max() < 0.02
         best = actor.act(obs, layers)
-        again = actor.log_prob(many.transpose(0, 1), samples.transpose(0, 1), layers)
-    torch.testing.assert_close(log_prob.mT, again, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(best, torch.maximum(torch.minimum(mean, actor.high), actor.low))
-    assert (mean.abs() > actor.high).any() and (samples.abs() > actor.high).any()
+    torch.testing.assert_close(best, mean.clamp(-1, 1) * actor.high)  # bounds are symmetric here
+    assert (mean.abs() > 1).any() and (samples.abs() > 1).any() and (samples.abs() < 1).any()
+    torch.testing.assert_close(actor.to_bounds(samples[:9]), torch.clip(samples[:9], -1, 1) * actor.high)
 
 
 def test_networks_start_orthogonal_and_a_few_percent_masked_in_every_layer():
-    args = script.Args(log_std="shared", num_critics=5, critic_threshold_scale=5.0, critic_threshold_bias=4.0)
+    args = script.Args(num_critics=5, critic_threshold_scale=5.0, critic_threshold_bias=4.0)
     torch.manual_seed(0)
     high = np.ones((17, 1), np.float32)
     actor, critic = script.Actor(393, -high, high, args), script.Critic(376, args)
@@ -309,13 +305,13 @@ def test_full_sharing_gives_all_agents_the_same_weights_and_they_stay_so(make_le
             assert torch.equal(layer.effective()[0], layer.weight.expand(AGENTS, -1, -1))
         assert learner.actor.sparsity().max() == 0 and learner.actor.mask_difference() == 0
         assert int(script.reset_actor(learner.actor, 1.0)) == 0
-        logs = learner.update(make_rollout(learner.actor, seed=seed))
+        logs = learner.update(make_rollout(seed=seed))
         assert logs["losses/actor_diversity"] == 0
     assert all(torch.isfinite(value) for value in logs.values())
 
 
 def test_without_sharing_one_agents_loss_touches_its_own_parameters_only(make_learner, make_rollout):
-    learner = make_learner(sharing="none", log_std="agent", output_gain=1.0)
+    learner = make_learner(sharing="none", output_gain=1.0)
     for name, parameter in gradients_of_one_agent(learner, 1).items():
         if not name.endswith("thresholds"):
             assert parameter.shape[0] == AGENTS
@@ -324,7 +320,7 @@ def test_without_sharing_one_agents_loss_touches_its_own_parameters_only(make_le
     for layer in learner.actor.layers:
         assert not torch.equal(layer.weight[0], layer.weight[1]), "networks that start alike"
     for seed in range(3):
-        learner.update(make_rollout(learner.actor, seed=seed))
+        learner.update(make_rollout(seed=seed))
     for layer in learner.actor.layers:
         assert torch.equal(layer.effective()[0], layer.weight)
     assert int(script.reset_actor(learner.actor, 1.0)) == 0
@@ -352,20 +348,16 @@ def test_updates_move_all_that_can_move(sharing, make_learner, make_rollout):
     learner = make_learner(sharing=sharing, num_critics=3, output_gain=1.0)
     networks = {"actor": learner.actor, "critic": learner.critic}
     before = {(net, name): p.clone() for net, network in networks.items() for name, p in network.named_parameters()}
-    logs = learner.update(make_rollout(learner.actor))
+    logs = learner.update(make_rollout())
     assert all(torch.isfinite(value) and not value.requires_grad for value in logs.values())
     for (net, name), old in before.items():
         moved = not torch.equal(networks[net].get_parameter(name), old)
         assert moved == (sharing == "kaleidoscope" or net == "critic" or not name.endswith("thresholds")), name
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-def test_the_first_ratio_is_one(overlap, make_learner, make_rollout):
-    learner = make_learner(num_epochs=1, num_minibatches=1, output_gain=1.0, overlap=overlap)
-    rollout = make_rollout(learner.actor)
-    if overlap:  # an older policy has acted
-        rollout.log_prob += torch.randn_like(rollout.log_prob)
-    logs = learner.update(rollout)
+def test_the_first_ratio_is_one(make_learner, make_rollout):
+    learner = make_learner(num_epochs=1, num_minibatches=1, output_gain=1.0)
+    logs = learner.update(make_rollout())
     assert abs(logs["losses/approx_kl"]) < 1e-6 and logs["losses/clipfrac"] == 0
     assert abs(logs["losses/policy"]) < 1e-4, "advantages are 0 on average, and so is the first surrogate"
 
@@ -373,7 +365,7 @@ def test_the_first_ratio_is_one(overlap, make_learner, make_rollout):
 def test_an_actor_step_equals_the_equations(make_learner, make_rollout):
     """One step on a whole rollout: loss, entropy bonus, diversity by the mean absolute surrogate, clipping, Adam."""
     learner = make_learner(torch.float64, entropy_coef=0.1, max_grad_norm=0.01, actor_threshold_bias=1.0)
-    rollout = make_rollout(learner.actor, dtype=torch.float64)
+    rollout = make_rollout(dtype=torch.float64)
     batch, _ = learner.prepare(rollout)
     actor, args = learner.actor, learner.args
     log_prob = actor.log_prob(batch.obs, batch.actions, actor.effective_layers())
@@ -396,48 +388,111 @@ def test_an_actor_step_equals_the_equations(make_learner, make_rollout):
         torch.testing.assert_close(parameter.detach(), expected[name], rtol=1e-5, atol=1e-7, msg=name)
 
 
-def test_a_critic_step_on_own_rows_equals_a_loop_over_members(make_learner, make_rollout):
-    """Loss and gradients, without the diversity loss, are those of each member on its own rows."""
+def single_learner(actor, agent):
+    """An agent of a learner without sharing as one on its own: torch.nn's modules in float64, and its log_std."""
+    modules = []
+    for index, (norm, layer) in enumerate(zip(actor.norms, actor.layers, strict=True)):
+        outputs, inputs = layer.weight.shape[1:]
+        # observations are standardised, and a LayerNorm without epsilon leaves them so
+        scale, linear = nn.LayerNorm(inputs, eps=1e-5 if index else 0.0).double(), nn.Linear(inputs, outputs).double()
+        modules += [*([nn.ReLU()] if index else []), scale, linear]
+        with torch.no_grad():
+            scale.weight.copy_(norm.weight[agent, 0])
+            scale.bias.copy_(norm.bias[agent, 0])
+            linear.weight.copy_(layer.weight[agent])
+            linear.bias.copy_(layer.bias[agent, 0])
+    return nn.Sequential(*modules), nn.Parameter(actor.log_std.detach()[agent, 0].clone())
+
+
+@pytest.mark.parametrize("num_agents", [1, 2, 17])
+def test_without_sharing_an_update_equals_that_of_single_learners(num_agents):
+    """HARL's separate actors: each with its own surrogate, entropy bonus, gradient norm and Adam, in float64."""
+    torch.manual_seed(0)
+    settings = dict(clip=0.05, entropy_coef=0.1, lr=1e-2, lr_decay=False, hidden_size=16, output_gain=1.0)
+    settings |= dict(rollout_steps=6, num_epochs=1, num_minibatches=1, max_grad_norm=1.0, sharing="none")
+    high = np.ones((num_agents, ACT), np.float32)
+    learner = script.Learner(STATE, -high, high, script.Args(**settings), CPU)
+    actor = learner.actor.double()
+    learner.actor_coefficient.losses = learner.actor_coefficient.losses.double()
+    singles = [single_learner(actor, agent) for agent in range(num_agents)]
+    adams = [torch.optim.Adam([*network.parameters(), std], lr=1e-2, eps=1e-5) for network, std in singles]
+
+    state, rows = torch.randn(40, STATE, dtype=torch.float64), slice(None)
+    obs = script.agent_observations(state, num_agents).transpose(0, 1)
+    actions, advantages = torch.randn(num_agents, 40, ACT).double() / 2, torch.randn(40).double()
+    with torch.no_grad():
+        before = actor.log_prob(obs, actions, actor.effective_layers())
+    unused = dict(state=None, values=None, returns=None)
+    batch = script.Batch(obs=obs, actions=actions, log_prob=before, advantages=advantages, **unused)
+    norms, clipped = [], 0
+    for _ in range(6):
+        logs = learner.update_actor(batch, rows)
+        losses = []
+        for agent, ((network, log_std), adam) in enumerate(zip(singles, adams, strict=True)):
+            distribution = torch.distributions.Normal(network(obs[agent]), 0.5 * torch.sigmoid(log_std))
+            ratio = torch.exp(distribution.log_prob(actions[agent]).sum(-1) - before[agent])
+            surrogate = torch.min(ratio * advantages, torch.clamp(ratio, 0.95, 1.05) * advantages)
+            loss = -surrogate.mean() - 0.1 * distribution.entropy().sum(-1).mean()
+            adam.zero_grad()
+            loss.backward()
+            norms.append(nn.utils.clip_grad_norm_([*network.parameters(), log_std], 1.0).item())
+            adam.step()
+            losses.append(-surrogate.mean().item())
+            clipped += ((ratio - 1).abs() > 0.05).sum()
+        assert logs["losses/policy"].item() == pytest.approx(sum(losses) / num_agents)
+        for agent, (network, log_std) in enumerate(singles):
+            copy, copied_std = single_learner(actor, agent)
+            for (name, ours), theirs in zip(copy.named_parameters(), network.parameters(), strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10, msg=f"{agent} {name}")
+            torch.testing.assert_close(copied_std, log_std, rtol=1e-8, atol=1e-10)
+    assert clipped > 0 and max(norms) > 1.0, "neither clip was met"
+    assert num_agents == 1 or min(norms) < 1.0, (
+        "every agent's gradient was scaled down: one norm for all would do it too"
+    )
+
+
+def test_a_critic_step_equals_a_loop_over_members(make_learner, make_rollout):
+    """Loss and gradients, without the diversity loss, are those of one member after the other."""
     learner = make_learner(torch.float64, num_critics=3, critic_diversity_coef=0.0, max_grad_norm=1e9)
-    batch, _ = learner.prepare(make_rollout(learner.actor, dtype=torch.float64))
+    batch, _ = learner.prepare(make_rollout(dtype=torch.float64))
     critic, args = learner.critic, learner.args
-    rows = torch.stack([torch.randperm(24)[:10] for _ in range(3)])
+    rows = torch.randperm(24)[:10]
     with torch.no_grad():  # so that a value's change since `prepare` counts
         critic.layers[-1].bias += 0.15
     loss = 0.0
     for k in range(3):
-        values = critic(batch.state[rows[k]], critic.effective_layers())[k, :, 0]
-        before, returns = batch.values[k, rows[k]], batch.returns[rows[k]]
+        values = critic(batch.state[rows], critic.effective_layers())[k, :, 0]
+        before, returns = batch.values[k, rows], batch.returns[rows]
         loss += script.clipped_value_loss(values[None], before[None], returns, args.clip, args.huber_delta).mean()
     names, parameters = zip(*critic.named_parameters(), strict=True)
     expected = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
-    logs = learner.update_critic(batch, rows, torch.arange(3)[:, None])
+    logs = learner.update_critic(batch, rows)
     assert logs["losses/value"].item() == pytest.approx(loss.item())
     for name, parameter in critic.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], msg=name)
 
 
-@pytest.mark.parametrize("own", [False, True])
-def test_a_pass_shows_every_step_once_to_agents_and_to_every_member(own, make_learner, make_rollout, monkeypatch):
-    learner = make_learner(num_critics=3, num_minibatches=5, own_minibatches=own)
+def test_a_pass_shows_every_step_once_to_agents_and_critics(make_learner, make_rollout, monkeypatch):
+    learner = make_learner(num_critics=3, num_minibatches=5)
     seen = {"actor": [], "critic": []}
 
     def watch(name, update):
-        def watched(batch, rows, *members):
-            seen[name].append(rows.expand(3, -1) if name == "critic" else rows)
-            return update(batch, rows, *members)
+        def watched(batch, rows):
+            seen[name].append(rows)
+            return update(batch, rows)
 
         return watched
 
     monkeypatch.setattr(learner, "update_actor", watch("actor", learner.update_actor))
     monkeypatch.setattr(learner, "update_critic", watch("critic", learner.update_critic))
-    learner.update(make_rollout(learner.actor))
+    learner.update(make_rollout())
+    orders = []
     for number in range(learner.args.num_epochs):
         minibatches = slice(5 * number, 5 * number + 5)
-        actor, critic = torch.cat(seen["actor"][minibatches]), torch.cat(seen["critic"][minibatches], 1)
-        for order in (actor, *critic):
-            assert torch.equal(order.sort().values, torch.arange(24))
-        assert len({tuple(order.tolist()) for order in (actor, *critic)}) == (4 if own else 1)
+        actor, critic = torch.cat(seen["actor"][minibatches]), torch.cat(seen["critic"][minibatches])
+        assert torch.equal(actor, critic) and torch.equal(actor.sort().values, torch.arange(24))
+        orders.append(tuple(actor.tolist()))
+    assert len(set(orders)) == len(orders), "each pass in an order of its own"
 
 
 def test_learning_rates_scale_from_their_first_values(make_learner):

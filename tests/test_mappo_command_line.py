@@ -104,8 +104,7 @@ def test_hyperparameters_are_logged_as_resolved(trained):
     events = EventAccumulator(str(folder)).Reload()
     table = events.Tensors("hyperparameters/text_summary")[0].tensor_proto.string_val[0].decode()
     clip = dict(zip(script.TUNED_FLAGS, script.TUNED.get(env_id, script.UNTUNED), strict=True))["clip"]
-    log_std = "shared" if sharing == "full" else "agent"
-    for row in (f"|sharing|{sharing}|", f"|clip|{clip}|", "|rollout_steps|10|", f"|log_std|{log_std}|"):
+    for row in (f"|sharing|{sharing}|", f"|clip|{clip}|", "|rollout_steps|10|"):
         assert row in table
     assert len(re.findall(r"^\|\w+\|.*\|$", table, re.M)) == 1 + len(script.Args.__dataclass_fields__)
 
@@ -156,7 +155,6 @@ MISTAKES = {
     "junk": "junk",
     "--device tpu": "tpu",
     "--sharing some": "some",
-    "--log-std each": "each",
     "--ensemble-value max": "max",
     "--lr-decay maybe": "maybe",
     "--env-id Ant-v2-3x3": "3x3",
@@ -165,8 +163,6 @@ MISTAKES = {
     "--rollout-steps 0": "--rollout-steps is 0",
     "--num-minibatches 0": "--num-minibatches is 0",
     "--num-minibatches 9 --num-envs 4 --rollout-steps 2": "8 steps of a rollout",
-    "--own-minibatches --num-minibatches 2": "--own-minibatches is True",
-    "--own-minibatches --num-critics 2": "--own-minibatches is True",
     "--total-timesteps 0": "--total-timesteps is 0",
     "--clip 0": "--clip is 0",
     "--clip nan": "--clip is nan",
@@ -250,10 +246,10 @@ def test_evaluating_what_is_not_a_model(content, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("sharing", ["kaleidoscope", "full", "none"])
 def test_a_saved_actor_loads_as_it_was_and_not_on_another_task(sharing, tmp_path, capsys):
-    path, log_std = str(tmp_path / "model.pt"), "shared" if sharing == "full" else "agent"
-    learner = make_learner(env_id="Hopper-v2-3x1", sharing=sharing, log_std=log_std)
+    path = str(tmp_path / "model.pt")
+    learner = make_learner(env_id="Hopper-v2-3x1", sharing=sharing)
     experiment.save_model(path, learner, 0)
-    actor, args = experiment.load_actor(path, script.Args.env_id, torch.device("cpu"), script.Actor, script.Args)
+    actor, args = experiment.load_actor(path, None, torch.device("cpu"), script.Actor, script.Args)
     assert args.env_id == "Hopper-v2-3x1" and args.sharing == sharing
     for name, value in learner.actor.state_dict().items():
         assert torch.equal(actor.state_dict()[name], value), name
@@ -272,10 +268,11 @@ def test_flags_win_over_tuned_values():
     assert tuple(getattr(args, name) for name in script.TUNED_FLAGS) == script.UNTUNED
 
 
-def test_standard_deviations_are_per_agent_where_nothing_is_shared():
-    assert script.parse_args([])[0].log_std == script.parse_args(["--sharing", "none"])[0].log_std == "agent"
-    assert script.parse_args(["--sharing", "full"])[0].log_std == "shared"
-    assert script.parse_args(["--sharing", "none", "--log-std", "shared"])[0].log_std == "shared"
+def test_standard_deviations_are_per_agent_unless_all_is_shared(make_learner):
+    shapes = {
+        sharing: make_learner(sharing=sharing).actor.log_std.shape for sharing in ("kaleidoscope", "full", "none")
+    }
+    assert shapes == {"kaleidoscope": (3, 1, 2), "full": (2,), "none": (3, 1, 2)}
 
 
 def test_help_explains_every_flag(capsys):

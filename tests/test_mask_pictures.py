@@ -1,8 +1,12 @@
 """What masks share against plain loops, the pictures of it, their place in TensorBoard, and benchmark/masks.py."""
 
+import io
 import math
 import random
+import subprocess
 import sys
+import textwrap
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -31,7 +35,7 @@ def models(tmp_path_factory):
 
     def make(**flags):
         torch.manual_seed(0)
-        args = mappo.Args(hidden_size=8, lr=1e-3, actor_threshold_bias=1.0, log_std="agent", **flags)
+        args = mappo.Args(hidden_size=8, lr=1e-3, actor_threshold_bias=1.0, **flags)
         high = np.ones((3, 2), np.float32)
         path = tmp_path_factory.mktemp("model") / "model.pt"
         experiment.save_model(path, mappo.Learner(5, -high, high, args, torch.device("cpu")), 0)
@@ -78,21 +82,6 @@ def test_shares_equal_plain_loops_over_masks_and_weights(masks, own):
     torch.testing.assert_close(mask_pictures.difference_matrix(layer), torch.tensor(different) / 54)
 
 
-@pytest.mark.parametrize("own", [False, True])
-def test_histogram_counts_every_mask_and_weight_in_its_cell(own):
-    layer = network(own=own).layers[0]
-    x, y = mask_pictures.log_sizes(layer)
-    counts, across, up = mask_pictures.joint_histogram(x, y, 10)
-    for values, (low, high) in ((x, across), (y, up)):
-        assert high - 1 <= values.max() <= high and low <= values.quantile(0.002) < low + 1
-    plain = np.zeros((10, 10), int)
-    for a, b in zip(x.expand_as(y).flatten().tolist(), y.flatten().tolist(), strict=True):
-        column, row = ((v - low) / (high - low) * 10 for v, (low, high) in ((a, across), (b, up)))
-        if column >= 0 and row >= 0:
-            plain[min(int(row), 9), min(int(column), 9)] += 1
-    assert np.abs(counts - plain).sum() <= 2, "but for a value on the line between two cells"
-
-
 def test_sample_takes_part_of_every_column():
     x = torch.arange(3 * 1_000 * 128).view(3, 1_000, 128)
     sample = mask_pictures.every_kth(x)
@@ -102,46 +91,90 @@ def test_sample_takes_part_of_every_column():
     assert torch.equal(mask_pictures.every_kth(x[0, :10]), x[0, :10].flatten())
 
 
-@pytest.mark.parametrize("x, end", [(0, 0.1), (0.3, 0.3), (7, 8), (97.6, 100), (100, 100), (11, 15)])
-def test_axes_end_at_a_round_number(x, end):
-    assert mask_pictures.round_up(x) == pytest.approx(end)
-
-
 # ---- Pictures ----
-@pytest.mark.parametrize("masks", [1, 2, 4, 9, 17, 40])
-def test_picture_has_three_panels_a_layer(masks):
-    picture = mask_pictures.draw(network(masks), "actor")
-    assert picture.dtype == np.uint8 and picture.shape == (70 + 3 * 325, 3 * 370, 3)
-    for row in range(3):
-        for column in range(3):
-            panel = picture[94 + 325 * row :, 70 + 370 * column :][:240, :240].reshape(-1, 3)
-            assert len(np.unique(panel, axis=0)) >= (2 if masks == 1 else 3), f"layer {row + 1}, column {column + 1}"
+@pytest.mark.parametrize("masks, own", [(1, False), (2, True), (5, False), (17, False)])
+def test_panels_show_the_numbers_of_each_layer(masks, own):
+    net = network(masks, own=own)
+    axes = np.reshape(mask_pictures.draw(net, "actor").axes, (3, 3))
+    for layer, (differences, thresholds, kept_by) in zip(net.layers, axes, strict=True):
+        matrix = 100 * mask_pictures.difference_matrix(layer).numpy()
+        cells, others = differences.images[0].get_array(), ~np.eye(masks, dtype=bool)
+        assert np.array_equal(cells.mask, ~others) and np.allclose(cells.data, matrix)
+        numbers = [text.get_text() for text in differences.texts if text.get_position()[1] in range(masks)]
+        assert numbers == ([f"{x:.1f}" if x else "0" for x in matrix[others]] if masks <= 8 else [])
+        assert len(differences.child_axes) == (masks > 8), "a colour bar in the place of numbers"
+        shares = 100 * mask_pictures.kept_by(layer).numpy()
+        assert np.allclose([bar.get_height() for bar in kept_by.patches], shares)
+        (line,) = thresholds.lines
+        assert np.array_equal(*line.get_data()) and np.array_equal(line.get_xdata(), thresholds.get_xlim())
+        assert thresholds.get_xlim() == thresholds.get_ylim()
 
 
-def test_scale_multiplies_the_pixels():
-    one, three = (mask_pictures.draw(network(4), "actor", scale).astype(float) for scale in (1, 3))
-    assert three.shape == (3 * one.shape[0], 3 * one.shape[1], 3)
-    small = three.reshape(one.shape[0], 3, one.shape[1], 3, 3).mean((1, 3))
-    assert np.abs(small - one).mean() < 5
+@pytest.mark.parametrize("own", [False, True])
+def test_histogram_counts_every_mask_and_weight_in_its_cell(own):
+    net = network(own=own)
+    layer, panel = net.layers[0], mask_pictures.draw(net, "actor").axes[1]
+    counts, (low, high) = panel.collections[0].get_array(), panel.get_xlim()
+    sizes = layer.weight.abs().log10().expand_as(layer.thresholds)
+    plain = np.zeros((30, 30), int)
+    for pair in zip(layer.thresholds.sigmoid().log10().flatten().tolist(), sizes.flatten().tolist(), strict=True):
+        row, column = ((x - low) / (high - low) * 30 for x in pair)
+        if row >= 0 and column >= 0:
+            plain[min(int(row), 29), min(int(column), 29)] += 1
+    assert plain.sum() >= 0.99 * sizes.numel()
+    assert np.abs(counts - plain).sum() <= 2, "but for a value on the line between two cells"
 
 
-@pytest.mark.parametrize("value", [0.0, 1e-30, math.nan, math.inf, -math.inf, 100.0, -100.0])
+@pytest.mark.parametrize("masks", [2, 8, 17])
+def test_nothing_is_cut_off_at_the_edges(masks):
+    figure = mask_pictures.draw(network(masks, ((393, 256), (256, 1)), bias=2.0), "critic")
+    inches = figure.get_tightbbox()
+    assert min(inches.min) > 0 and (inches.max < figure.get_size_inches()).all()
+    headings = [next(t for t in ax.texts if t.get_text().startswith("weights")) for ax in figure.axes[:3]]
+    boxes = [heading.get_window_extent() for heading in headings]
+    assert boxes[0].x1 < boxes[1].x0 and boxes[1].x1 < boxes[2].x0
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", [0.0, math.nan, math.inf, -math.inf, 100.0])
 def test_odd_weights_and_thresholds_are_drawn(value):
     for name in ("weight", "thresholds"):
         for part in (slice(0, 1), slice(None)):
-            odd = network(3)
+            odd = network(3, ((9, 6),))
             with torch.no_grad():
                 getattr(odd.layers[0], name)[..., part] = value
-            assert len(np.unique(mask_pictures.draw(odd, "actor"))) > 10
+            figure = mask_pictures.draw(odd, "actor")
+            figure.canvas.draw()
+            assert figure.axes[1].collections[0].get_array().sum() > 0, "weights in the panel"
 
 
 def test_drawing_is_repeatable_and_draws_no_random_numbers():
     net = network(4)
     states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
-    first = mask_pictures.draw(net, "actor")
-    assert np.array_equal(first, mask_pictures.draw(net, "actor"))
+    pictures = []
+    for _ in range(2):
+        canvas = mask_pictures.draw(net, "actor").canvas
+        canvas.draw()
+        pictures.append(np.array(canvas.buffer_rgba()))
+    assert np.array_equal(*pictures)
     assert torch.equal(states[0], torch.get_rng_state())
     assert states[1:] == (np.random.get_state()[1].tolist(), random.getstate())  # noqa: NPY002
+
+
+def test_matplotlib_waits_for_the_first_picture_and_pyplot_stays_out():
+    code = """
+        import sys
+        import mask_pictures
+        from kalei_matd3_mamujoco import MaskedLinear
+        assert "matplotlib" not in sys.modules, "imported with the module"
+        class Network:
+            layers = [MaskedLinear(2, 3, 4, 4.0, 0.0)]
+        mask_pictures.draw(Network, "actor").canvas.draw()
+        assert "matplotlib" in sys.modules and "matplotlib.pyplot" not in sys.modules
+    """
+    folder = Path(mask_pictures.__file__).parent
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # ---- TensorBoard ----
@@ -157,7 +190,9 @@ def test_log_masks_writes_picture_histograms_and_shares(tmp_path):
         tags = {f"masks/{name}_{rest}".rstrip("_") for name in ("actor", "critic") for rest in names}
         assert set(events.Tags()[kind]) == tags
     image = events.Images("masks/actor")[0]
-    assert (image.step, image.width, image.height) == (7, 1110, 1045)
+    assert (image.step, image.width, image.height) == (7, 1116, 1062)
+    picture = Image.open(io.BytesIO(image.encoded_image_string))
+    assert picture.mode == "RGB" and picture.getpixel((0, 0)) == (255, 255, 255)
     histogram = events.Histograms("masks/actor_layer2_thresholds")[0].histogram_value
     exponents = torch.sigmoid(net.layers[1].thresholds).log10()
     assert histogram.num == 4 * 18 and histogram.sum == pytest.approx(exponents.sum().item(), rel=1e-5)
@@ -175,14 +210,14 @@ def test_a_network_without_masks_writes_nothing(own):
 
 # ---- benchmark/masks.py ----
 def test_script_prints_a_table_and_writes_pictures(run, models, tmp_path):
-    code, out, err = run(models(num_critics=2), "--out", "pictures", "--scale", 1)
+    code, out, err = run(models(num_critics=2), "--out", "pictures", "--scale", 2)
     assert (code, err) == (0, "")
     table, paths = [line.split() for line in out.splitlines()[1:9]], out.splitlines()[9:]
     assert [row[:2] for row in table] == [[name, str(i)] for name in ("actor", "critic") for i in range(1, 5)]
     assert [row[3] for row in table] == ["8x8", "8x8", "8x8", "2x8", "8x5", "8x8", "8x8", "1x8"]
     assert paths == ["pictures_actor.png", "pictures_critic.png"]
     for path in paths:
-        assert Image.open(tmp_path / path).size == (1110, 1370)
+        assert Image.open(tmp_path / path).size == (2 * 1116, 2 * 1386)
 
 
 def test_table_agrees_with_the_network(models, make_learner, tmp_path):

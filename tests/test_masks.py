@@ -11,7 +11,7 @@ from benchmark import plain_loops
 
 def network(dtype=torch.float64, masks=5, layer_norm=True, bias=1.0, sharing="kaleidoscope"):
     torch.manual_seed(0)
-    return script.MaskedMLP(masks, 6, 16, 2, 4.0, bias, layer_norm, sharing).to(dtype)
+    return script.MaskedMLP(masks, (6, 16, 2), (4.0, bias), layer_norm, sharing).to(dtype)
 
 
 def test_weights_start_as_linear_and_thresholds_in_their_range():

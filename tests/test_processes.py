@@ -1,5 +1,6 @@
 """Training in several processes: two of them, on Gloo, against each other and against one with all of their data."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -65,7 +66,7 @@ FLAGS += " --num-critics 2 --eval-interval 300 --eval-episodes 2 --log-interval 
 FLAGS += " --actor-reset-interval 120 --critic-reset-interval 80 --actor-threshold-bias 0 --episode-limit 23"
 FLAGS = {
     matd3: f"{FLAGS} --warmup-steps 200 --batch-size 16 --buffer-size 120 --train-interval 10 --updates-per-round 2",
-    mappo: f"{FLAGS} --rollout-steps 10 --num-epochs 1 --num-minibatches 1 --overlap",
+    mappo: f"{FLAGS} --rollout-steps 10 --num-epochs 1 --num-minibatches 1",
 }
 # dies in the middle of its second checkpoint: with other processes' files written, and the first one's not
 KILLED = """
@@ -128,6 +129,28 @@ def test_two_processes_resume_bit_for_bit(script, tmp_path):
     command = ("--resume", folder, "--total-timesteps", 700)
     code, err = torchrun(tmp_path / "killed", script.__file__, *command)
     assert code != 0 and f"error: --resume: {path}: not a whole checkpoint" in err, err[-3000:]
+
+
+@pytest.mark.parametrize("script", [matd3, mappo], ids=["matd3", "mappo"])
+def test_three_processes_draw_and_act_differently(script, tmp_path):
+    flags = FLAGS[script].replace("--batch-size 16", "--batch-size 15").split()
+    code, err = torchrun(tmp_path, script.__file__, *flags, processes=3)
+    assert code == 0, err[-3000:]
+    (folder,) = (tmp_path / "runs").iterdir()
+    saved = list(checkpoints(folder).values())
+    assert len(saved) == 3
+    found = [{"generator": each["random"]["cpu"], "environments": each["obs"]} for each in saved]
+    for each, process in zip(found, saved, strict=True):
+        torch.set_rng_state(each["generator"])
+        each["noise"], each["rows"] = torch.randn(5), torch.randint(1000, (20,))
+        each["resets"] = torch.stack(
+            [torch.as_tensor(rng["state"]["state"] % 2**62) for rng in process["envs"]["rngs"]]
+        )
+        if script is matd3:
+            each["actions of the warm-up"] = process["replay"]["actions"][:10]
+    for a, b in itertools.combinations(found, 2):
+        for name, value in a.items():
+            assert not torch.equal(value, b[name]), name
 
 
 def test_alone_nothing_is_exchanged():

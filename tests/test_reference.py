@@ -45,7 +45,9 @@ def load(network, arrays, prefix):
 def masked_network(arrays, prefix, layer_norm):
     masks, hidden, inputs = arrays[f"{prefix}/layer0/thresholds"].shape
     outputs = len(arrays[f"{prefix}/layer2/bias"])
-    return load(script.MaskedMLP(masks, inputs, hidden, outputs, 5.0, 5.0, layer_norm, "kaleidoscope"), arrays, prefix)
+    return load(
+        script.MaskedMLP(masks, (inputs, hidden, outputs), (5.0, 5.0), layer_norm, "kaleidoscope"), arrays, prefix
+    )
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "layer_norm"])
@@ -62,15 +64,16 @@ def test_forward_of_all_masks_at_once(masked):
         assert_close(one, arrays[f"{prefix}/y{k}"], f"y{k}")
 
 
-def test_forward_takes_leading_dimensions_and_single_masks(masked):
+def test_forward_takes_an_input_for_each_mask_and_single_masks(masked):
     network, prefix, arrays = masked
     x = torch.as_tensor(arrays[f"{prefix}/x"])
     layers = network.effective_layers()
-    y = network(x, layers)
-    stacked = network(torch.stack([x, 2 * x]).unsqueeze(1), layers)  # (2, 1, B, in) -> (2, M, B, out)
-    assert_close(stacked[0], y.detach(), "leading dimension")
+    y = network(x, layers).detach()
+    each = network(torch.stack([x * (k + 1) for k in range(len(y))]), layers)  # (M, B, in) -> (M, B, out)
     for k in range(len(y)):
-        assert_close(network(x, network.effective_layers(k)), y[k].detach(), f"mask {k} alone")
+        alone = network.effective_layers(slice(k, k + 1))
+        assert_close(network(x, alone)[0], y[k], f"mask {k} alone")
+        assert_close(network(x * (k + 1), alone)[0], each[k].detach(), f"mask {k} on an input of its own")
 
 
 def test_gradients_of_each_mask(masked):
@@ -120,7 +123,7 @@ def test_n_step_returns(reference, case):
     for t in range(len(next_state)):
         truncated = stored["done"][t] & ~stored["term"][t]
         step = (stored["state"][t], stored["action"][t], stored["reward"][t], next_state[t], stored["term"][t])
-        replay.add(*step, truncated)
+        replay.add([(*step, truncated)])
     expected = {name: arrays[f"nstep_{case}/out/{name}"] for name in (*stored, "next_state", "gamma")}
     slots = torch.arange(len(expected["reward"]))
     assert int(replay.filled) * num_envs == len(slots)

@@ -20,7 +20,7 @@ def fill(steps, columns=None, seed=0):
         truncated = rng.random(ENVS) < 0.15
         step = [rng.normal(size=(ENVS, SIZE)), rng.normal(size=(ENVS, 2, 3)), rng.normal(size=ENVS)]
         step += [rng.normal(size=(ENVS, SIZE)), terminated, truncated]
-        replay.add(*step)
+        replay.add([step])
         stored.append(step)
     return replay, stored[-ROWS:]
 
@@ -106,6 +106,6 @@ def test_sampling_reads_no_size_from_the_device():
     """What a captured graph needs: `filled` and `newest` are tensors, changed in place."""
     replay, _ = fill(3)
     filled, newest = replay.filled, replay.newest
-    replay.add(*fill(1)[1][0])
+    replay.add([fill(1)[1][0]])
     assert replay.filled is filled and replay.newest is newest
     assert (int(filled), int(newest)) == (4, 3)

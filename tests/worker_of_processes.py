@@ -39,7 +39,7 @@ def matd3_learner():
 
 def mappo_learner():
     settings = dict(rollout_steps=6, num_epochs=2, num_minibatches=1, clip=0.2, entropy_coef=0.01, lr=1e-3)
-    return make(mappo, **settings, lr_decay=False, log_std="agent", num_envs=4, output_gain=1.0)
+    return make(mappo, **settings, lr_decay=False, num_envs=4, output_gain=1.0)
 
 
 def matd3_batch(seed, rows=slice(None)):
@@ -62,19 +62,15 @@ def matd3_batch(seed, rows=slice(None)):
     return matd3.Batch(*(part[rows] for part in whole))
 
 
-def mappo_rollout(seed, actor, envs=slice(None)):
-    """The environments' part of a Rollout of 6 steps of 4, as if the actor had sampled its actions."""
+def mappo_rollout(seed, envs=slice(None)):
+    """The environments' part of a Rollout of 6 steps of 4."""
     torch.manual_seed(seed)
     whole = mappo.Rollout(6, 4, STATE, (AGENTS, ACT), torch.device("cpu"))
     for name in ("state", "next_state", "actions", "reward"):
         setattr(whole, name, torch.randn_like(getattr(whole, name)).double())
     whole.terminated = torch.rand(6, 4) < 0.2
     whole.truncated = (torch.rand(6, 4) < 0.2) & ~whole.terminated
-    obs = mappo.agent_observations(whole.state, AGENTS).flatten(0, 1).transpose(0, 1)
-    with torch.no_grad():
-        log_prob = actor.log_prob(obs, whole.actions.flatten(0, 1).transpose(0, 1), actor.effective_layers())
-    whole.log_prob = log_prob.mT.view(6, 4, AGENTS)
-    for name in ("state", "next_state", "actions", "log_prob", "reward", "terminated", "truncated"):
+    for name in ("state", "next_state", "actions", "reward", "terminated", "truncated"):
         setattr(whole, name, getattr(whole, name)[:, envs])
     return whole
 
@@ -85,7 +81,7 @@ def updates(learner, part):
         if isinstance(learner, matd3.Learner):
             learner.update(matd3_batch(seed, part(12)), with_policy=seed % 2 == 1)
         else:
-            learner.update(mappo_rollout(seed, learner.actor, part(4)))
+            learner.update(mappo_rollout(seed, part(4)))
     return learner.state_dict()
 
 
