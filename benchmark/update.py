@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -22,7 +23,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmark.plain_loops import PlainLearner  # noqa: E402
-from kalei_matd3_mamujoco import TUNED, UNTUNED, Args, Learner, Replay  # noqa: E402
+from kalei_matd3_mamujoco import TUNED, UNTUNED, Args, Learner, Replay, resolve_precision  # noqa: E402
 from mamujoco_env import MaMuJoCoVecEnv  # noqa: E402
 
 
@@ -36,6 +37,8 @@ class Options:
     """timed rounds of policy_freq updates each"""
     warmup_rounds: int = 5
     """rounds before these, not timed"""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of our hidden layers' products; the plain loops' are float32"""
     profile: bool = False
     """print where our update's time goes, by operator"""
 
@@ -76,7 +79,8 @@ def main():
     torch.set_num_threads(options.threads)
     torch.manual_seed(1)
     n_step, policy_freq = TUNED.get(options.env_id, UNTUNED)
-    args = Args(env_id=options.env_id, n_step=n_step, policy_freq=policy_freq)
+    precision = resolve_precision(options.precision, "cpu")
+    args = Args(env_id=options.env_id, n_step=n_step, policy_freq=policy_freq, precision=precision)
     envs = MaMuJoCoVecEnv(args.env_id, args.num_envs)
     space, device = envs.single_action_space, torch.device("cpu")
     ours = Learner(envs.state_size, space.low, space.high, args, device)
@@ -108,7 +112,8 @@ def main():
 
     ratio = statistics.median(o / p for o, p in zip(*times.values(), strict=True))
     flops, rate = product_flops(ours, args.batch_size), product_rate(torch.randn(1000, 256), torch.randn(256, 1280))
-    print(f"{args.env_id}: B {args.batch_size}, N {ours.num_agents}, K {args.num_critics}, policy_freq {policy_freq}")
+    sizes = f"B {args.batch_size}, N {ours.num_agents}, K {args.num_critics}"
+    print(f"{args.env_id}: {sizes}, policy_freq {policy_freq}, precision {precision}")
     print(f"{platform.processor() or platform.machine()}, {options.threads} threads, torch {torch.__version__}")
     print(f"{'':14}{'median':>10}{'min':>10}{'max':>10}   ms per update")
     for name, taken in zip(("ours", "plain loops"), times.values(), strict=True):
