@@ -97,6 +97,11 @@ def understand(script, arguments):
             for env_id in options.env_ids:
                 own = shlex.split(variant.partition("=")[2])
                 parse_flags_of(options.script, ["--env-id", env_id, *common, *own])
+    elif name == "compare_commits":
+        for version in options.versions:
+            commit, *own = version.partition("=")[2].split()
+            assert re.fullmatch("HEAD|[0-9a-f]{7,40}", commit), version
+            understand("benchmark/training_speed.py", ["--scripts", *options.scripts, *own])
     elif name == "soak":
         parse_flags_of(options.script, others)
     elif name == "training_speed":
@@ -135,6 +140,7 @@ def test_a_command_is_understood(page, script, arguments, wandb):
         ("kalei_mappo_mamujoco.py", "--evaluate runs/RUN/model.pt --no-such-flag"),
         ("benchmark/grid.py", "--env-ids Ant-v2-4x2 --variants a=--no-such-flag"),
         ("benchmark/grid.py", "--env-ids Ant-v2-4x2 -- --sharing some"),
+        ("benchmark/compare_commits.py", "--versions 'after=HEAD --no-such-flag'"),
         ("benchmark/soak.py", "--minutes 1 --no-such-flag"),
         ("benchmark/training_speed.py", "--modes fast"),
         ("benchmark/figures.py", "--runs runs/*__* --no-such-flag 1"),
@@ -142,7 +148,7 @@ def test_a_command_is_understood(page, script, arguments, wandb):
 )
 def test_a_wrong_flag_is_found(script, arguments, wandb):
     with pytest.raises(SystemExit) as stop:
-        understand(script, arguments.split())
+        understand(script, shlex.split(arguments))
     assert stop.value.code
 
 
