@@ -40,8 +40,7 @@ from tqdm import tqdm
 
 import filming
 from cuda_graphs import compiler_for
-from mamujoco_env import MaMuJoCoVecEnv
-from mamujoco_tasks import parse_env_id
+from mamujoco_env import MaMuJoCoVecEnv, parse_env_id
 from mask_pictures import log_masks
 
 DEFAULT_ENV_ID = "Ant-v2-4x2"

@@ -7,8 +7,12 @@
     envs.close()
 
 E environments, N agents, S numbers of state, O numbers of an agent's observation. All environments are stepped in one
-call of mujoco.batch.Batch, on a pool of threads. The robots are in mamujoco_tasks.py. An agent observes the full state
-and its own id (O = S + N), or, with agent_obsk, its own part of the state.
+call of mujoco.batch.Batch, on a pool of threads. An agent observes the full state and its own id (O = S + N), or, with
+agent_obsk, its own part of the state.
+
+The v2 tasks are Gymnasium's v4 tasks with the contact forces (and their costs) at zero, which is what the v2 tasks of
+the multi-agent literature report (Peng et al. 2021, "FACMAC", arXiv:2003.06709, who introduced these tasks). The v5
+tasks are Gymnasium's v5 tasks, contact forces included.
 
 What step returns, besides reward, terminated and truncated (E,):
   obs                    (E, N, O) float32: every agent's observation after automatic resets
@@ -28,16 +32,597 @@ final state: the last good one). It is truncated after `episode_limit` steps. En
 from default_rng([seed, i]): its trajectory depends on the seed, i and its actions, on nothing else.
 """
 
+import itertools
 import os
+import re
 import warnings
 
+import gymnasium
 import mujoco
 import numpy as np
 from gymnasium.spaces import Box
 from gymnasium.vector import AutoresetMode, VectorEnv
 from mujoco.batch import Batch, SimulationError
 
-from mamujoco_tasks import joint_graph, parse_env_id
+# ---- Robots: Gymnasium's own, and those built in code that it does not ship ----
+ASSETS = os.path.join(os.path.dirname(gymnasium.__file__), "envs", "mujoco", "assets")
+HINGE, SLIDE = mujoco.mjtJoint.mjJNT_HINGE, mujoco.mjtJoint.mjJNT_SLIDE
+
+
+def compile_quietly(spec):
+    """Compile without the warning that settotalmass, which Gymnasium's half-cheetah uses, is deprecated."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return spec.compile()
+
+
+def _empty_spec():
+    """An empty world in degrees with RK4 and a time step of 5 ms, a light, and a floor that collides with all."""
+    spec = mujoco.MjSpec()
+    spec.compiler.degree = True
+    spec.option.integrator, spec.option.timestep = mujoco.mjtIntegrator.mjINT_RK4, 0.005
+    spec.worldbody.add_light(pos=[0, 0, 1.3], dir=[0, 0, -1.3], type=mujoco.mjtLightType.mjLIGHT_DIRECTIONAL)
+    spec.worldbody.add_geom(name="floor", type=mujoco.mjtGeom.mjGEOM_PLANE, size=[40, 40, 40])
+    return spec
+
+
+def _capsule(body, end, radius, start=(0, 0, 0), **options):
+    body.add_geom(type=mujoco.mjtGeom.mjGEOM_CAPSULE, fromto=[*start, *end], size=[radius, 0, 0], **options)
+
+
+def _motor(spec, joint):
+    motor = spec.add_actuator(name=joint, target=joint, trntype=mujoco.mjtTrn.mjTRN_JOINT)
+    motor.gear[0], motor.ctrlrange, motor.ctrllimited = 150, [-1, 1], mujoco.mjtLimited.mjLIMITED_TRUE
+
+
+def build_swimmer(segments):
+    """A swimmer of a head and `segments` bodies in a chain, one motor between each two."""
+    spec = _empty_spec()
+    spec.option.density, spec.option.viscosity = 4000, 0.1
+    spec.geom("floor").pos = [0, 0, -0.1]
+    spec.geom("floor").contype = spec.geom("floor").conaffinity = 0
+    body = spec.worldbody.add_body(name="torso")
+    link = dict(radius=0.1, density=1000, contype=0, conaffinity=0)
+    _capsule(body, start=(1.5, 0, 0), end=(0.5, 0, 0), **link)
+    for name, kind, axis in (("slider1", SLIDE, (1, 0, 0)), ("slider2", SLIDE, (0, 1, 0)), ("rot", HINGE, (0, 0, 1))):
+        body.add_joint(name=name, type=kind, axis=axis, armature=0.1)
+    for i in range(segments):
+        body = body.add_body(name=f"mid{i}", pos=[0.5 if i == 0 else -1.0, 0, 0])
+        _capsule(body, end=(-1, 0, 0), **link)
+        up = 1 if i in (0, segments - 1) else (-1) ** (i + 1)
+        body.add_joint(name=f"rot{i}", type=HINGE, axis=[0, 0, up], range=[-100, 100], armature=0.1)
+        _motor(spec, f"rot{i}")
+    return spec.compile()
+
+
+def build_ant(segments):
+    """An ant with a spine of `segments` rigidly joined segments, each with two legs of hip and ankle."""
+    spec = _empty_spec()
+    skin = dict(conaffinity=0, friction=[1, 0.5, 0.5], margin=0.01)
+    spec.geom("floor").friction, spec.geom("floor").margin = skin["friction"], skin["margin"]
+    body = spec.worldbody.add_body(name="torso_0", pos=[0, 0, 0.75])
+    body.add_freejoint(name="root")
+    for i in range(segments):
+        if i > 0:
+            body = body.add_body(name=f"torso_{i}", pos=[-1, 0, 0])
+            _capsule(body, start=(1, 0, 0), end=(0, 0, 0), radius=0.1, density=100, **skin)
+        for leg, side in ((1, 1), (2, -1)):
+            x, bend = (0.2, [30, 70]) if i == 0 else (-0.2, [-70, -30])
+            hip_at = (x if i == 0 else 0, 0.2 * side, 0)
+            thigh = body.add_body(name=f"leg{leg}_{i}")
+            _capsule(thigh, end=hip_at, radius=0.08, density=5, **skin)
+            shin = thigh.add_body(name=f"aux{leg}_{i}", pos=hip_at)
+            joint = dict(type=HINGE, armature=1, damping=[1, 0, 0], margin=0)
+            shin.add_joint(name=f"hip{leg}_{i}", axis=[0, 0, 1], range=[-30, 30], **joint)
+            _capsule(shin, end=(x, 0.2 * side, 0), radius=0.08, density=5, **skin)
+            foot = shin.add_body(name=f"foot{leg}_{i}", pos=[x, 0.2 * side, 0])
+            foot.add_joint(name=f"ankle{leg}_{i}", axis=[-side if i == 0 else side, 1, 0], range=bend, **joint)
+            _capsule(foot, end=(2 * x, 0.4 * side, 0), radius=0.08, density=5, **skin)
+            _motor(spec, f"hip{leg}_{i}")
+            _motor(spec, f"ankle{leg}_{i}")
+    return spec.compile()
+
+
+def build_coupled_half_cheetah(segments):
+    """Two of Gymnasium's half-cheetahs side by side, their torsos tied by a spatial tendon."""
+    path = os.path.join(ASSETS, "half_cheetah.xml")
+    spec, second = mujoco.MjSpec.from_file(path), mujoco.MjSpec.from_file(path)
+    spec.body("torso").pos = [0, -1, 0.7]
+    spec.body("torso").add_site(name="tie")
+    second.body("torso").add_site(name="tie")
+    spec.worldbody.add_frame(pos=[0, 1, 0]).attach_body(second.body("torso"), "second_", "")
+    tendon = spec.add_tendon(name="tendon", range=[1.5, 3.5], stiffness=[0.1, 0, 0])
+    tendon.limited = mujoco.mjtLimited.mjLIMITED_TRUE
+    tendon.wrap_site("tie")
+    tendon.wrap_site("second_tie")
+    return compile_quietly(spec)  # the file's total mass, 14, is now that of both together
+
+
+# ---- Tasks: state, reward and termination of a whole batch at once ----
+class Task:
+    """A robot that is rewarded for moving forward: what the tasks below share. Shapes are those of a batch.
+
+    Attributes:
+      model_file: XML of Gymnasium that holds the robot
+      frame_skip: simulation steps in an environment step
+      fields: what of MjData makes up the state, laid end to end; also what an agent observes of its own joints
+      hidden_positions: how many of the first positions the state leaves out
+      derived: whether the task reads anything but positions and velocities, which a reset then has MuJoCo compute
+      first_body: the first body whose numbers are part of the state; v5 leaves out the world, 0
+      measured: whether contact forces are those of the simulation, as in v5, or zero, as in v2
+      force_limit: contact forces are clipped to +- this
+      forward_weight, control_cost, alive: reward = forward_weight * velocity - control_cost * |ctrl|^2 + alive
+      alive_when_unhealthy: whether the step in which the episode terminates still earns `alive`
+      contact_cost, contact_cost_limit: the reward loses contact_cost * |forces|^2, at most the limit
+      noise, velocity_noise: resets add U(-noise, noise) to the positions; to the velocities too where
+        velocity_noise is "uniform", and N(0, noise) where it is "normal"
+    """
+
+    model_file: str
+    frame_skip = 5
+    fields, hidden_positions = ("qpos", "qvel"), 1
+    derived, first_body, measured = True, 0, False
+    forward_weight, control_cost, alive, alive_when_unhealthy = 1.0, 0.1, 0.0, True
+    force_limit, contact_cost, contact_cost_limit = np.inf, 0.0, np.inf
+    noise, velocity_noise = 0.1, "normal"
+
+    def __init__(self, segments):
+        self.segments, self.model = segments, self.build(segments)
+        self.dt = self.model.opt.timestep * self.frame_skip  # seconds
+
+    def build(self, segments):
+        return compile_quietly(mujoco.MjSpec.from_file(os.path.join(ASSETS, self.model_file)))
+
+    def left_out(self, field):
+        """How many of the field's first numbers the state leaves out: positions, or those of the first bodies."""
+        if field == "qpos":
+            return self.hidden_positions
+        return {"qvel": 0, "cinert": 10, "cvel": 6, "cfrc_ext": 6, "qfrc_actuator": 6}[field] * self.first_body
+
+    def bind(self, batch):
+        """Take live views of the batch's arrays; they follow every call to the batch."""
+        self.qpos, self.qvel = batch.bind("qpos"), batch.bind("qvel")
+        self.forces = np.zeros((batch.nsim, self.model.nbody, 6))
+        self.scratch = mujoco.MjData(self.model)
+        arrays = {name: self.forces if name == "cfrc_ext" else batch.bind(name) for name in self.fields}
+        self.state_parts = [array.reshape(batch.nsim, -1)[:, self.left_out(name) :] for name, array in arrays.items()]
+
+    def measure_forces(self, batch):
+        """Take the contact forces after a step as Gymnasium does, by mj_rnePostConstraint, which a batch leaves out."""
+        # a sensor that asked for them would have them measured in every simulation step, and under RK4 at another stage
+        for i in range(batch.nsim):
+            batch.get_data(i, self.scratch)
+            mujoco.mj_rnePostConstraint(self.model, self.scratch)
+            self.forces[i] = self.scratch.cfrc_ext
+        np.clip(self.forces, -self.force_limit, self.force_limit, out=self.forces)
+
+    def state(self):
+        """(E, S) float64, a new array."""
+        return np.concatenate(self.state_parts, axis=1)
+
+    def position(self):
+        """(E,), a new array: the place in metres whose change over a step is the forward velocity."""
+        return self.qpos[:, 0].copy()
+
+    def progress(self, before, after):
+        """(E,): the reward's first term, from the positions before and after the step."""
+        return (after - before) * (self.forward_weight / self.dt)
+
+    def reward(self, before, after, ctrl, unhealthy):
+        """(E,) from the positions before and after the step, the controls (E, nu) and where the episode terminates."""
+        reward = np.vecdot(ctrl, ctrl)
+        reward *= -self.control_cost
+        reward += self.progress(before, after)
+        if self.alive:
+            reward += self.alive if self.alive_when_unhealthy else self.alive * ~unhealthy
+        if self.contact_cost:
+            squares = np.square(self.forces).sum((1, 2))
+            reward -= np.minimum(self.contact_cost * squares, self.contact_cost_limit)
+        return reward
+
+    def unhealthy(self):
+        """(E,) bool, a new array: where the episode terminates."""
+        return np.zeros(len(self.qpos), bool)
+
+    def sample(self, rng):
+        """Positions (nq,) and velocities (nv,) at the start of an episode."""
+        qpos = self.model.qpos0 + rng.uniform(-self.noise, self.noise, self.model.nq)
+        if self.velocity_noise == "normal":
+            return qpos, self.noise * rng.standard_normal(self.model.nv)
+        return qpos, rng.uniform(-self.noise, self.noise, self.model.nv)
+
+    # ---- partial observations: columns of the state ----
+    def layout(self):
+        """By field, an array of its shape in one simulation: the state's columns, -1 for what the state leaves out."""
+        columns, size = {}, 0
+        for name in self.fields:
+            field, out = getattr(self.scratch, name), self.left_out(name)
+            columns[name] = np.arange(size - out, size - out + field.size).reshape(field.shape)
+            columns[name].flat[:out] = -1
+            size += field.size - out
+        return columns
+
+    def joint_columns(self, joint, field, columns, seen):
+        """What an agent observes of a joint. Numbers of bodies count once: `seen` are the (field, body) so far."""
+        joint = self.model.joint(joint)
+        if field == "qpos":
+            return [columns["qpos"][joint.qposadr[0]]]
+        if field in ("qvel", "qfrc_actuator"):
+            return [columns[field][joint.dofadr[0]]]
+        new = [body for body in self.bodies_of(joint.name) if (field, body) not in seen]
+        seen.update((field, body) for body in new)
+        return [column for body in new for column in columns[field][body]]
+
+    def common_columns(self, columns):
+        """What all agents observe: positions and velocities that no motor drives, which is the root's."""
+        driven = self.model.actuator_trnid[:, 0]
+        qpos = np.delete(columns["qpos"], self.model.jnt_qposadr[driven])
+        return [*qpos, *np.delete(columns["qvel"], self.model.jnt_dofadr[driven])]
+
+    def observed(self, joints, distance):
+        """Columns of the state that an agent of these joints observes, as MaMuJoCo's agent_obsk (Peng et al. 2021).
+
+        Of its own joints all fields, of those at 1, 2, ..., `distance` steps in the joint graph the positions; in each
+        ring the joints stand in the order of their names; then what is common to all.
+        """
+        cliques, columns, seen, found = joint_graph(self), self.layout(), set(), []
+        ring, reached = set(joints), set(joints)
+        for step in range(distance + 1):
+            for joint in sorted(ring):
+                for field in self.fields if step == 0 else ("qpos",):
+                    found += self.joint_columns(joint, field, columns, seen)
+            ring = {joint for clique in cliques if ring & set(clique) for joint in clique} - reached
+            reached |= ring
+        return [int(column) for column in found + self.common_columns(columns) if column >= 0]
+
+
+class Ant(Task):
+    model_file, hidden_positions, fields = "ant.xml", 2, ("qpos", "qvel", "cfrc_ext")
+    control_cost, alive = 0.5, 1.0
+
+    def bind(self, batch):
+        super().bind(batch)
+        self.x = batch.bind("xpos")[:, 1, 0]  # of the torso, as in Gymnasium; it lags one simulation step behind qpos
+
+    def position(self):
+        return self.x.copy()
+
+    def unhealthy(self):
+        height = self.qpos[:, 2]
+        return (height < 0.2) | (height > 1.0)
+
+    def bodies_of(self, joint):
+        """A hip's are the torso and the leg's first part, an ankle's are the leg's three."""
+        own, parent = self.model.joint(joint).bodyid[0], self.model.body_parentid
+        inner = [parent[parent[own]], parent[own]]
+        return inner if joint.startswith("hip") else [*inner, own]
+
+
+class AntV5(Ant):
+    first_body, measured, force_limit = 1, True, 1.0
+    contact_cost, alive_when_unhealthy = 5e-4, False
+
+
+class ManyAgentAnt(Ant):
+    frame_skip, build = 4, staticmethod(build_ant)
+
+
+class HalfCheetah(Task):
+    model_file, derived = "half_cheetah.xml", False
+
+
+class CoupledHalfCheetah(HalfCheetah):
+    build = staticmethod(build_coupled_half_cheetah)
+    control_cost = 0.05  # the mean over both cheetahs of 0.1 |ctrl|^2
+
+    def position(self):
+        return (self.qpos[:, 0] + self.qpos[:, self.model.nq // 2]) / 2
+
+
+class Swimmer(Task):
+    model_file, derived, frame_skip, hidden_positions = "swimmer.xml", False, 4, 2
+    control_cost, velocity_noise = 1e-4, "uniform"
+
+    def joint_columns(self, joint, field, columns, seen):
+        found = super().joint_columns(joint, field, columns, seen)
+        if field == "qvel":  # as published, the first motor's agent feels how the root moves along x, the second's y
+            found.insert(0, columns["qvel"][self.model.joint(joint).dofadr[0] - 3])
+        return found
+
+    def common_columns(self, columns):
+        return [columns["qpos"][2], columns["qvel"][2]]
+
+
+class ManyAgentSwimmer(Swimmer):
+    build = staticmethod(build_swimmer)
+    joint_columns = Task.joint_columns
+
+    def common_columns(self, columns):
+        return []
+
+
+class Hopper(Task):
+    model_file, derived, frame_skip = "hopper.xml", False, 4
+    control_cost, alive = 1e-3, 1.0
+    noise, velocity_noise = 5e-3, "uniform"
+
+    def bind(self, batch):
+        super().bind(batch)
+        # a row of the batch begins with time, qpos and qvel (mjtState): all but x and height
+        self.angles_and_velocities = batch.state[:, 3 : 1 + self.model.nq + self.model.nv]
+        self.limits = np.array([0.2] + [100.0] * (self.angles_and_velocities.shape[1] - 1))  # the first is the torso's
+
+    def state(self):
+        state = super().state()
+        velocities = state[:, -self.model.nv :]
+        velocities.clip(-10.0, 10.0, out=velocities)
+        return state
+
+    def unhealthy(self):
+        return ~((np.abs(self.angles_and_velocities) < self.limits).all(axis=1) & (self.qpos[:, 1] > 0.7))
+
+
+class HopperV5(Hopper):
+    alive_when_unhealthy = False
+
+
+class Walker2d(Hopper):
+    model_file = "walker2d.xml"
+
+    def unhealthy(self):
+        height, angle = self.qpos[:, 1], self.qpos[:, 2]
+        return ~((height > 0.8) & (height < 2.0) & (np.abs(angle) < 1.0))
+
+
+class Walker2dV5(Walker2d):
+    model_file, alive_when_unhealthy = "walker2d_v5.xml", False
+
+
+class Humanoid(Task):
+    model_file, hidden_positions = "humanoid.xml", 2
+    fields = ("qpos", "qvel", "cinert", "cvel", "qfrc_actuator", "cfrc_ext")
+    forward_weight, alive = 1.25, 5.0
+    noise, velocity_noise = 1e-2, "uniform"
+
+    def bind(self, batch):
+        super().bind(batch)
+        self.x = batch.bind("xipos")[:, :, 0]
+        self.mass_share = self.model.body_mass / self.model.body_mass.sum()
+
+    def position(self):
+        return np.vecdot(self.x, self.mass_share)  # row by row: the rounding of a product depends on num_envs
+
+    def unhealthy(self):
+        height = self.qpos[:, 2]
+        return ~((height > 1.0) & (height < 2.0))
+
+    def bodies_of(self, joint):
+        return [self.model.body(name).id for name in HUMANOID_BODIES[joint].split()]
+
+
+class HumanoidV5(Humanoid):
+    first_body, measured, alive_when_unhealthy = 1, True, False
+    contact_cost, contact_cost_limit = 5e-7, 10.0
+
+
+class HumanoidStandup(Humanoid):
+    """Rewarded for the height of its torso, over the time of one simulation step as in Gymnasium."""
+
+    model_file, alive = "humanoidstandup.xml", 1.0
+
+    def progress(self, before, after):
+        return self.qpos[:, 2] / self.model.opt.timestep
+
+    unhealthy = Task.unhealthy  # it starts on the floor
+
+
+class HumanoidStandupV5(HumanoidStandup):
+    first_body, measured = 1, True
+    contact_cost, contact_cost_limit = 5e-7, 10.0
+
+
+class Reacher(Task):
+    """Rewarded for the nearness of its fingertip to a target, as it was before the step, as in Gymnasium."""
+
+    model_file, frame_skip, control_cost = "reacher.xml", 2, 1.0
+    fields = ("qpos", "qvel", "fingertip")
+    distances = 3  # of x, y and z, how many are part of the state
+
+    def bind(self, batch):
+        self.qpos, self.qvel, xpos = batch.bind("qpos"), batch.bind("qvel"), batch.bind("xpos")
+        self.fingertip, self.target = (xpos[:, self.model.body(name).id] for name in ("fingertip", "target"))
+
+    def state(self):
+        angles, distance = self.qpos[:, :2], (self.fingertip - self.target)[:, : self.distances]
+        parts = [np.cos(angles), np.sin(angles), self.qpos[:, 2:], self.qvel[:, :2], distance]
+        return np.concatenate(parts, axis=1)
+
+    def position(self):
+        return np.linalg.norm(self.fingertip - self.target, axis=1)
+
+    def progress(self, before, after):
+        return -before
+
+    def sample(self, rng):
+        qpos = rng.uniform(-0.1, 0.1, self.model.nq) + self.model.qpos0
+        goal = rng.uniform(-0.2, 0.2, 2)
+        while np.linalg.norm(goal) >= 0.2:
+            goal = rng.uniform(-0.2, 0.2, 2)
+        qvel = rng.uniform(-0.005, 0.005, self.model.nv)
+        qpos[-2:], qvel[-2:] = goal, 0
+        return qpos, qvel
+
+    def layout(self):
+        return {}
+
+    def joint_columns(self, joint, field, columns, seen):
+        index = self.model.joint(joint).id  # sines come before cosines, as published
+        known = {"qpos": [2 + index, index], "qvel": [6 + index]}
+        return known[field] if field in known else [8, 9, 10][: self.distances] if index == 1 else []
+
+    def common_columns(self, columns):
+        return [4, 5]  # the target
+
+
+class ReacherV5(Reacher):
+    """Rewarded for the nearness of its fingertip to a target after the step."""
+
+    distances = 2
+
+    def progress(self, before, after):
+        return -after
+
+
+class PusherV5(Task):
+    """Rewarded for the nearness of its arm's tip to an object and of the object to a goal."""
+
+    model_file, control_cost = "pusher_v5.xml", 0.1
+
+    def bind(self, batch):
+        self.qpos, self.qvel, xpos = batch.bind("qpos"), batch.bind("qvel"), batch.bind("xpos")
+        names = ("tips_arm", "object", "goal")
+        self.tip, self.object, self.goal = (xpos[:, self.model.body(name).id] for name in names)
+
+    def state(self):
+        return np.concatenate([self.qpos[:, :7], self.qvel[:, :7], self.tip, self.object, self.goal], axis=1)
+
+    def reward(self, before, after, ctrl, unhealthy):
+        near = np.linalg.norm(self.object - self.tip, axis=1)
+        far = np.linalg.norm(self.object - self.goal, axis=1)
+        return -far - self.control_cost * np.vecdot(ctrl, ctrl) - 0.5 * near
+
+    def sample(self, rng):
+        place = np.zeros(2)
+        while np.linalg.norm(place) <= 0.17:
+            place = np.array([rng.uniform(-0.3, 0.0), rng.uniform(-0.2, 0.2)])
+        qpos, qvel = self.model.qpos0.copy(), rng.uniform(-0.005, 0.005, self.model.nv)
+        qpos[-4:-2], qpos[-2:], qvel[-4:] = place, 0, 0
+        return qpos, qvel
+
+    def layout(self):
+        return {"qpos": np.arange(7), "qvel": np.arange(7, 14)}
+
+    def common_columns(self, columns):
+        return [*range(14, 23)]  # the places of tip, object and goal
+
+
+# ---- Who controls which joints and who sees what: texts of joints with spaces between them ----
+_UPPER = "left_shoulder1 left_shoulder2 abdomen_x abdomen_y abdomen_z right_shoulder1 right_shoulder2"
+_UPPER += " right_elbow left_elbow"
+_LOWER = "left_hip_x left_hip_y left_hip_z right_hip_x right_hip_y right_hip_z right_knee left_knee"
+_CHEETAH = "bthigh bshin bfoot fthigh fshin ffoot"
+_ARM = "r_shoulder_pan_joint r_shoulder_lift_joint r_upper_arm_roll_joint | r_elbow_flex_joint"
+_ARM += " | r_forearm_roll_joint r_wrist_flex_joint r_wrist_roll_joint"
+PARTITIONS = {  # agents divided by "|"
+    Ant: {
+        "2x4": "hip_1 ankle_1 hip_2 ankle_2 | hip_3 ankle_3 hip_4 ankle_4",
+        "2x4d": "hip_1 ankle_1 hip_3 ankle_3 | hip_2 ankle_2 hip_4 ankle_4",
+        "4x2": "hip_1 ankle_1 | hip_2 ankle_2 | hip_3 ankle_3 | hip_4 ankle_4",
+        "8x1": "hip_1 | ankle_1 | hip_2 | ankle_2 | hip_3 | ankle_3 | hip_4 | ankle_4",
+    },
+    HalfCheetah: {
+        "2x3": "bfoot bshin bthigh | ffoot fshin fthigh",
+        "3x2": "bfoot bshin | bthigh ffoot | fshin fthigh",
+        "6x1": "bfoot | bshin | bthigh | ffoot | fshin | fthigh",
+    },
+    Hopper: {"3x1": "thigh_joint | leg_joint | foot_joint"},
+    Walker2d: {
+        "2x3": "foot_joint leg_joint thigh_joint | foot_left_joint leg_left_joint thigh_left_joint",
+        "3x2": "foot_joint leg_joint | thigh_joint foot_left_joint | leg_left_joint thigh_left_joint",
+        "6x1": "foot_joint | leg_joint | thigh_joint | foot_left_joint | leg_left_joint | thigh_left_joint",
+    },
+    Humanoid: {"9|8": f"{_UPPER} | {_LOWER}", "17x1": f"{_UPPER} {_LOWER}".replace(" ", " | ")},
+    Reacher: {"2x1": "joint0 | joint1"},
+    PusherV5: {"3p": _ARM},
+    Swimmer: {"2x1": "motor1_rot | motor2_rot"},
+    CoupledHalfCheetah: {"1p1": f"{_CHEETAH} | second_{_CHEETAH.replace(' ', ' second_')}"},
+}
+_SPINE = "bfoot bshin | bshin bthigh | bthigh fthigh | fthigh fshin | fshin ffoot"
+_LEG = "foot{0}_joint leg{0}_joint | leg{0}_joint thigh{0}_joint"
+_SIDE = "{0}_elbow {0}_shoulder1 {0}_shoulder2 | {0}_shoulder1 {0}_shoulder2 abdomen_x abdomen_y abdomen_z"
+_SIDE += " | abdomen_x abdomen_y abdomen_z {0}_hip_x {0}_hip_y {0}_hip_z | {0}_knee {0}_hip_x {0}_hip_y {0}_hip_z"
+NEIGHBOURS = {  # the joint graph: its cliques divided by "|"
+    Ant: " | ".join(f"hip_{leg} ankle_{leg}" for leg in range(1, 5)) + " | hip_1 hip_2 hip_3 hip_4",
+    HalfCheetah: _SPINE,
+    CoupledHalfCheetah: re.sub(r"(\w+)", r"second_\1", _SPINE) + f" | {_SPINE}",
+    Hopper: _LEG.format(""),
+    Walker2d: f"{_LEG.format('')} | {_LEG.format('_left')} | thigh_joint thigh_left_joint",
+    Humanoid: f"{_SIDE.format('left')} | {_SIDE.format('right')}",
+    Reacher: "joint0 joint1",
+    PusherV5: " | ".join(map(" ".join, itertools.pairwise(_ARM.replace("|", "").split()))),
+    Swimmer: "motor1_rot motor2_rot",
+}
+SEGMENTS = {  # robots of any size NxM, N agents of M segments each: the joints of segment i, the cliques that it adds
+    ManyAgentSwimmer: ("rot{i}", "rot{before} rot{i}"),
+    ManyAgentAnt: (
+        "hip1_{i} ankle1_{i} hip2_{i} ankle2_{i}",
+        "hip1_{i} ankle1_{i} | hip2_{i} ankle2_{i} | hip1_{i} hip2_{i} | hip1_{before} hip2_{before} hip1_{i} hip2_{i}",
+    ),
+}
+TASKS = {
+    "Ant-v2": Ant, "Ant-v5": AntV5,
+    "HalfCheetah-v2": HalfCheetah, "HalfCheetah-v5": HalfCheetah,
+    "Hopper-v2": Hopper, "Hopper-v5": HopperV5,
+    "Walker2d-v2": Walker2d, "Walker2d-v5": Walker2dV5,
+    "Humanoid-v2": Humanoid, "Humanoid-v5": HumanoidV5,
+    "HumanoidStandup-v2": HumanoidStandup, "HumanoidStandup-v5": HumanoidStandupV5,
+    "Reacher-v2": Reacher, "Reacher-v5": ReacherV5,
+    "Swimmer-v2": Swimmer, "Swimmer-v5": Swimmer,
+    "Pusher-v5": PusherV5, "coupled_half_cheetah": CoupledHalfCheetah,
+    "manyagent_swimmer": ManyAgentSwimmer, "manyagent_ant": ManyAgentAnt,
+}  # fmt: skip
+HUMANOID_BODIES = {"abdomen_x": "pelvis right_thigh left_thigh"}  # whose inertia and velocity the joint's agent sees
+HUMANOID_BODIES |= {f"abdomen_{axis}": "torso lwaist pelvis" for axis in "yz"}
+for _side in ("left", "right"):
+    HUMANOID_BODIES |= {f"{_side}_hip_{axis}": f"{_side}_thigh {_side}_shin" for axis in "xyz"}
+    HUMANOID_BODIES[f"{_side}_knee"] = f"{_side}_shin {_side}_foot"
+    HUMANOID_BODIES |= {f"{_side}_shoulder{i}": f"torso {_side}_upper_arm {_side}_lower_arm" for i in (1, 2)}
+    HUMANOID_BODIES[f"{_side}_elbow"] = f"{_side}_lower_arm"
+
+
+def of_robot(table, task):
+    """The table's entry for the class or the nearest one that it derives from: v5 tasks have the v2 tasks' robots."""
+    return next(table[kind] for kind in task.__mro__ if kind in table)
+
+
+def partitions_of(task):
+    """A class's partitions by name; none for the robots that come in any size."""
+    return {} if task in SEGMENTS else of_robot(PARTITIONS, task)
+
+
+def joint_graph(task):
+    """The joints of a Task that are neighbours of each other: a list of lists of names."""
+    if type(task) in SEGMENTS:
+        _, neighbours = SEGMENTS[type(task)]
+        text = " | ".join(neighbours.format(i=i, before=max(i - 1, 0)) for i in range(task.segments))
+    else:
+        text = of_robot(NEIGHBOURS, type(task))
+    return [clique.split() for clique in text.split("|")]
+
+
+def parse_env_id(env_id):
+    """The task's class, its number of segments and each agent's joints: (class, int, list of lists of names).
+
+    Raises ValueError, naming the id and listing what there is, for an unknown id or partition.
+    """
+    name, _, partition = str(env_id).rpartition("-")
+    if name not in TASKS:
+        known = [f"{task}-{part}" for task, kind in TASKS.items() for part in partitions_of(kind) or ["NxM"]]
+        raise ValueError(f"unknown env id {env_id!r}; there are {', '.join(known)}")
+    task = TASKS[name]
+    if task in SEGMENTS:
+        match = re.fullmatch(r"([1-9]\d?)x([1-9]\d?)", partition, re.ASCII)
+        if not match or int(match[1]) * int(match[2]) > 1000:  # MuJoCo compiles no longer chains
+            sizes = "NxM: N agents of M segments, 1 to 99 each and 1000 in all"
+            raise ValueError(f"unknown partition {partition!r} in {env_id!r}; {name} takes {sizes}")
+        agents, each = int(match[1]), int(match[2])
+        joints, _ = SEGMENTS[task]
+        owned = [range(agent * each, (agent + 1) * each) for agent in range(agents)]
+        return task, agents * each, [" ".join(joints.format(i=i) for i in own).split() for own in owned]
+    known = partitions_of(task)
+    if partition not in known:
+        raise ValueError(f"unknown partition {partition!r} in {env_id!r}; {name} has {', '.join(known)}")
+    return task, 0, [joints.split() for joints in known[partition].split("|")]
 
 
 # ---- Observations: pure functions of the state, for NumPy arrays and torch tensors with any leading dimensions ----
@@ -140,8 +725,7 @@ class MaMuJoCoVecEnv(VectorEnv):
 
         self.columns = None
         if agent_obsk is not None:
-            cliques = joint_graph(self.task)
-            seen = [self.task.observed(joints, agent_obsk, cliques) for joints in agents]
+            seen = [self.task.observed(joints, agent_obsk) for joints in agents]
             width = max(len(own) for own in seen)
             self.columns = np.array([own + [-1] * (width - len(own)) for own in seen])
         self._seed(seed)
@@ -151,9 +735,8 @@ class MaMuJoCoVecEnv(VectorEnv):
         self.state_size = self.state.shape[1]
         self.single_action_space = Box(*bounds)
         self.action_space = Box(*np.repeat(bounds[:, None], num_envs, axis=1))
-        obs_shape = (num_envs, *self._observe(self.state).shape[1:])
-        self.single_observation_space = Box(-np.inf, np.inf, obs_shape[1:])
-        self.observation_space = Box(-np.inf, np.inf, obs_shape)
+        self.observation_space = Box(-np.inf, np.inf, self._observe(self.state).shape)
+        self.single_observation_space = Box(-np.inf, np.inf, self.observation_space.shape[1:])
 
     def _seed(self, seed):
         if not isinstance(seed, int | np.integer) or seed < 0:
@@ -168,7 +751,8 @@ class MaMuJoCoVecEnv(VectorEnv):
         self.batch.state[ids] = self._blank  # as mj_resetData
         for i in ids:
             self.task.qpos[i], self.task.qvel[i] = self.task.sample(self._rngs[i])
-        self.batch.forward(ids)
+        if self.task.derived:
+            self.batch.forward(ids)
         if self.task.measured:
             self.task.forces[ids] = 0.0  # until the first step, as in Gymnasium
         self._returns[ids] = self._lengths[ids] = 0
@@ -194,7 +778,7 @@ class MaMuJoCoVecEnv(VectorEnv):
     def step(self, actions):
         """Step all environments with actions (E, N, act); the module's docstring says what comes back.
 
-        Raises ValueError for a wrong shape and for actions that are not finite, and then steps nothing.
+        ValueError for a wrong shape and for actions that are not finite: then nothing is stepped.
         """
         actions = np.asarray(actions)
         self._check(actions)
@@ -208,8 +792,8 @@ class MaMuJoCoVecEnv(VectorEnv):
         if task.measured:
             task.measure_forces(self.batch)
         state, after = task.state(), task.position()
-        reward = task.reward(before, after, ctrl)
         terminated = task.unhealthy()
+        reward = task.reward(before, after, ctrl, terminated)
         # MuJoCo looks for huge values before each simulation step, so after the last one we do, in one sum
         sound = np.vdot(state, state) + np.vdot(reward, reward) < HUGE**2
         if failed or not sound or np.count_nonzero(self._unstable_warnings):

@@ -1,4 +1,4 @@
-"""How fast environments step: ours, Gymnasium's, and bare physics as the limit.
+"""How fast environments step: ours, EnvPool's, Gymnasium's, and bare physics as the limit.
 
     python benchmark/env_throughput.py
     python benchmark/env_throughput.py --env-ids Ant-v2-4x2 Humanoid-v2-17x1 --num-envs 32 --num-threads 4
@@ -9,13 +9,23 @@ environment steps per second of all environments together, the median over the r
   limit       bare mujoco.batch.Batch on the same trajectory as ours: controls, physics and the recorded starts of
               episodes, without any observation, reward or termination
   ours        MaMuJoCoVecEnv.step: observations, rewards, terminations and automatic resets included
+  envpool     EnvPool's v4 or v5 task, written in C++; where it is not installed (pip install envpool), left out
   sync        gymnasium.vector.SyncVectorEnv over Gymnasium's v4 or v5 task
   async       gymnasium.vector.AsyncVectorEnv over the same, a process per environment
   ours/limit  the median of the rounds' own ratios, and the smallest and the largest
-  ours/async  the median of the rounds' own ratios
+  ours/envpool, ours/async  the median of the rounds' own ratios
 
-Every round measures all four in turn, so that a drift of the machine's speed hits all alike. Tasks that Gymnasium
-does not have show "-" in its columns.
+Every round measures all of them in turn, so that a drift of the machine's speed hits all alike. Tasks that EnvPool or
+Gymnasium do not have show "-" in their columns.
+
+What EnvPool does otherwise, given the same controls, environments and threads:
+  * It has one agent, whose observation is the state (on Ant-v4 without the contact forces, which are zero in ours). Ours
+    makes an observation for every agent, and checks actions and brings them from agents to joints.
+  * A MuJoCo of its own is compiled in (3.6.0 in EnvPool 1.2.5), so that physics, its speed and the episodes are others.
+  * It resets an environment in the step after an episode's end, which ignores the action and is not counted here. Ours
+    resets in the same step, and returns final and first observations of it.
+  * It steps all environments at once here, as ours does. Its asynchronous mode, which returns those that are ready
+    first, is not measured.
 """
 
 import os
@@ -32,6 +42,11 @@ import numpy as np
 import tyro
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
 from mujoco.batch import Batch
+
+try:
+    import envpool
+except ImportError:
+    envpool = None
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from mamujoco_env import MaMuJoCoVecEnv  # noqa: E402, the path comes first
@@ -50,7 +65,7 @@ class Args:
     num_envs: int = 10
     """environments stepped together"""
     num_threads: int = 0
-    """threads of ours and of the limit, 0 for one per CPU"""
+    """threads of ours, of EnvPool and of the limit, 0 for one per CPU"""
     steps: int = 500
     """vector steps a round; Gymnasium's vector environments, which are slow, make a fifth of them"""
     rounds: int = 7
@@ -144,11 +159,33 @@ class Gymnasium:
         return len(self.controls) * self.envs.num_envs / (time.perf_counter() - began)
 
 
+class EnvPool:
+    """EnvPool's vector environment, which goes on from round to round, on the controls of ours."""
+
+    def __init__(self, task, ours, seed):
+        num_envs, num_threads = ours.envs.num_envs, ours.envs.batch.nthread
+        self.envs = envpool.make(task, env_type="gymnasium", num_envs=num_envs, num_threads=num_threads, seed=seed)
+        self.controls = ours.controls
+        self.envs.reset()
+        self.envs.step(self.controls[0])
+
+    def measure(self):
+        ages = []  # steps of each environment's episode, 0 in a step that resets it
+        began = time.perf_counter()
+        for controls in self.controls:
+            *_, infos = self.envs.step(controls)
+            ages.append(infos["elapsed_step"])
+        seconds = time.perf_counter() - began
+        return np.count_nonzero(ages) / seconds
+
+
 def measure(args, env_id):
     """Steps per second by kind: {name: (rounds,)}."""
     ours = Ours(args, env_id)
     kinds = {"limit": Limit(ours), "ours": ours}
     task = env_id.rpartition("-")[0].replace("-v2", "-v4")
+    if envpool and task in envpool.list_all_envs():
+        kinds["envpool"] = EnvPool(task, ours, args.seed)
     if task in gymnasium.registry:
         for name, kind in (("sync", SyncVectorEnv), ("async", AsyncVectorEnv)):
             kinds[name] = Gymnasium(kind, task, ours, max(args.steps // 5, 1), args.seed)
@@ -162,15 +199,14 @@ def measure(args, env_id):
 
 
 def row(env_id, speeds):
-    """The table's cells for one env id."""
-
-    def speed(name):
-        return f"{np.median(speeds[name]):,.0f}" if name in speeds else "-"
-
+    """The table's cells for one env id, by column."""
+    cells = {"environment steps per second": env_id}
+    cells |= {name: f"{np.median(speed):,.0f}" for name, speed in speeds.items()}
     share = speeds["ours"] / speeds["limit"]
-    cells = [env_id, *map(speed, ("limit", "ours", "sync", "async"))]
-    cells.append(f"{np.median(share):.3f} ({share.min():.3f} to {share.max():.3f})")
-    cells.append(f"{np.median(speeds['ours'] / speeds['async']):.1f}" if "async" in speeds else "-")
+    cells["ours/limit"] = f"{np.median(share):.3f} ({share.min():.3f} to {share.max():.3f})"
+    for other, digits in (("envpool", 2), ("async", 1)):
+        if other in speeds:
+            cells[f"ours/{other}"] = f"{np.median(speeds['ours'] / speeds[other]):.{digits}f}"
     return cells
 
 
@@ -180,13 +216,18 @@ def machine():
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as lines:
             cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
-    versions = ", ".join(f"{module.__name__} {module.__version__}" for module in (mujoco, np, gymnasium))
+    modules = [mujoco, np, gymnasium] + ([envpool] if envpool else [])
+    versions = ", ".join(f"{module.__name__} {module.__version__}" for module in modules)
     return f"{cpu}, {os.cpu_count()} cores, {versions}"
 
 
 def main(args):
-    table = [["environment steps per second", "limit", "ours", "sync", "async", "ours/limit", "ours/async"]]
-    table += [row(env_id, measure(args, env_id)) for env_id in args.env_ids]
+    columns = ["environment steps per second", "limit", "ours", "envpool", "sync", "async"]
+    columns += ["ours/limit", "ours/envpool", "ours/async"]
+    if not envpool:
+        columns = [column for column in columns if "envpool" not in column]
+    rows = [row(env_id, measure(args, env_id)) for env_id in args.env_ids]
+    table = [columns] + [[cells.get(column, "-") for column in columns] for cells in rows]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     print(machine())
     print(
@@ -195,6 +236,9 @@ def main(args):
     for first, *others in table:
         cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
         print("  ".join([first.ljust(widths[0]), *cells]))
+    if envpool:
+        print("envpool: single-agent v4 or v5 tasks without agents' observations, on a MuJoCo of its own; steps of all")
+        print("environments at once; its resets take a step more, which is not counted")
 
 
 if __name__ == "__main__":  # the processes of AsyncVectorEnv may import this file

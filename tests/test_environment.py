@@ -13,8 +13,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium_robotics import mamujoco_v1
 from mujoco.batch import SimulationError
 
-from mamujoco_env import MaMuJoCoVecEnv, agent_observations, standardise
-from mamujoco_tasks import parse_env_id
+from mamujoco_env import MaMuJoCoVecEnv, agent_observations, parse_env_id, standardise
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*v4 is out of date.*:DeprecationWarning")
 
@@ -728,6 +727,18 @@ def leaves(nested):
     if isinstance(nested, dict):
         nested = list(nested.values())
     return [leaf for part in nested for leaf in leaves(part)] if isinstance(nested, list) else [nested]
+
+
+@pytest.mark.parametrize("env_id", ONE_EACH)
+def test_a_reset_computes_all_that_the_task_reads(env_id):
+    """Tasks that are not `derived` leave out MuJoCo's forward pass, so nothing that they read may come from it."""
+    envs = MaMuJoCoVecEnv(env_id, 3, episode_limit=5)
+    rollout(envs, random_actions(envs, 5))  # what an earlier episode left must not show
+    read = [envs.task.state(), envs.task.position(), envs.task.unhealthy()]
+    physics = envs.batch.state.copy()
+    envs.batch.forward()
+    assert all(map(np.array_equal, read, [envs.task.state(), envs.task.position(), envs.task.unhealthy()]))
+    assert np.array_equal(physics, envs.batch.state)  # and the forward pass leaves no trace in the physics
 
 
 # ---- Seeds ----

@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 import experiment
 import kalei_mappo_mamujoco
 import kalei_matd3_mamujoco
-from mamujoco_tasks import TASKS, partitions_of
+from mamujoco_env import TASKS, partitions_of
 
 SCRIPTS = {"matd3": kalei_matd3_mamujoco, "mappo": kalei_mappo_mamujoco}
 # a run of few updates, to be stopped early, with a checkpoint of 60 to 70 kB
