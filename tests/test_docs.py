@@ -1,0 +1,216 @@
+"""What README and docs/ tell a user to run is understood by what it names, and what they link to is there."""
+
+import fnmatch
+import glob
+import importlib
+import importlib.machinery
+import re
+import shlex
+import sys
+import types
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "runs/README.md"})
+PLACEHOLDERS = {"S": "1", "MODE": "full"}  # in a word of their own or in a part of a name between underscores
+
+
+# ---- Reading the pages ----
+def name_of(page):
+    return str(page.relative_to(ROOT))
+
+
+def shell_commands(text):
+    """Lists of words, one a command, of a shell script. Redirections end a command."""
+    commands = []
+    for line in text.replace("\\\n", " ").splitlines():
+        lexer = shlex.shlex(line, posix=True, punctuation_chars="&|;<>")
+        lexer.whitespace_split = True
+        words = []
+        for word in [*lexer, ";"]:
+            if set(word) <= set("&|;<>"):
+                commands.append(words)
+                words = []
+            else:
+                words.append(word)
+    return commands
+
+
+def commands_of(page):
+    """What the page says to run of ours: (script, its arguments), from its blocks and from the code in its lines."""
+    text = page.read_text()
+    blocks = re.findall(r"^ *```bash\n(.*?)^ *```", text, re.M | re.S)
+    prose = re.sub(r"^ *```.*?^ *```", "", text, flags=re.M | re.S)
+    blocks += [
+        span.replace("\n", " ")
+        for span in re.findall(r"`([^`]+)`", prose)
+        if re.match(r"(\w+=\S+ )?(python|torchrun) ", span)
+    ]
+    for words in (words for block in blocks for words in shell_commands(block)):
+        for place, word in enumerate(words):
+            if re.fullmatch(r"(benchmark/)?\w+\.py", word):
+                yield word, [fill_in(argument) for argument in words[place + 1 :]]
+                break
+
+
+def fill_in(argument):
+    return "_".join(PLACEHOLDERS.get(part, part) for part in argument.split("_"))
+
+
+ALL_COMMANDS = [(page, *command) for page in PAGES for command in commands_of(page)]
+
+
+# ---- Understanding a command ----
+def parse_flags_of(script, arguments):
+    """Through the script's own reading of its command line, but for runs and models that the reader is yet to make."""
+    arguments = list(arguments)
+    for flag in ("--resume", "--evaluate"):
+        if flag in arguments:
+            place = arguments.index(flag)
+            del arguments[place : place + 2]
+            arguments = [word for word in arguments if word != "--render"]  # wants --evaluate
+    return importlib.import_module(Path(script).stem).parse_args(arguments)
+
+
+def parse_options_of(script, arguments):
+    """(options, flags that are not the benchmark's own, what follows "--")."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    module = importlib.import_module(f"benchmark.{Path(script).stem}")
+    options_class = module.Options if hasattr(module, "Options") else module.Args
+    options, others = tyro.cli(options_class, args=arguments[:end], return_unknown_args=True)
+    return options, others, arguments[end + 1 :]
+
+
+def understand(script, arguments):
+    """Exits where a flag is wrong."""
+    if not script.startswith("benchmark/"):
+        parse_flags_of(script, arguments)
+        return
+    options, others, common = parse_options_of(script, arguments)
+    name = Path(script).stem
+    if name == "grid":
+        for variant in options.variants:
+            for env_id in options.env_ids:
+                own = shlex.split(variant.partition("=")[2])
+                parse_flags_of(options.script, ["--env-id", env_id, *common, *own])
+    elif name == "compare_commits":
+        for version in options.versions:
+            commit, *own = version.partition("=")[2].split()
+            assert re.fullmatch("HEAD|[0-9a-f]{7,40}", commit), version
+            understand("benchmark/training_speed.py", ["--scripts", *options.scripts, *own])
+    elif name == "soak":
+        parse_flags_of(options.script, others)
+    elif name == "training_speed":
+        for each in options.scripts:
+            parse_flags_of(f"kalei_{each}_mamujoco.py", ["--env-id", options.env_id, *others])
+    if name not in ("soak", "training_speed") and others or name != "grid" and common:
+        sys.exit(f"{script} has no {others or common}")
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """Weights & Biases as if it were installed: --track asks for it."""
+    module = types.ModuleType("wandb")
+    module.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+
+
+@pytest.mark.parametrize(
+    ("page", "script", "arguments"),
+    ALL_COMMANDS,
+    ids=[f"{name_of(page)}: {script} {shlex.join(arguments)}"[:120] for page, script, arguments in ALL_COMMANDS],
+)
+def test_a_command_is_understood(page, script, arguments, wandb):
+    assert (ROOT / script).is_file()
+    try:
+        understand(script, arguments)
+    except SystemExit as stop:
+        assert not stop.code, f"{name_of(page)}: {script} {shlex.join(arguments)}"
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("kalei_matd3_mamujoco.py", "--env-ids Ant-v2-4x2"),
+        ("kalei_mappo_mamujoco.py", "--env-id Ant-v2-3x2"),
+        ("kalei_mappo_mamujoco.py", "--evaluate runs/RUN/model.pt --no-such-flag"),
+        ("benchmark/grid.py", "--env-ids Ant-v2-4x2 --variants a=--no-such-flag"),
+        ("benchmark/grid.py", "--env-ids Ant-v2-4x2 -- --sharing some"),
+        ("benchmark/compare_commits.py", "--versions 'after=HEAD --no-such-flag'"),
+        ("benchmark/soak.py", "--minutes 1 --no-such-flag"),
+        ("benchmark/training_speed.py", "--modes fast"),
+        ("benchmark/figures.py", "--runs runs/*__* --no-such-flag 1"),
+    ],
+)
+def test_a_wrong_flag_is_found(script, arguments, wandb):
+    with pytest.raises(SystemExit) as stop:
+        understand(script, shlex.split(arguments))
+    assert stop.value.code
+
+
+def test_the_pages_name_both_scripts_and_all_benchmarks():
+    named = {script for _, script, _ in ALL_COMMANDS}
+    scripts = {path.name for path in ROOT.glob("kalei_*.py")}
+    scripts |= {f"benchmark/{path.name}" for path in ROOT.glob("benchmark/*.py") if '"__main__"' in path.read_text()}
+    assert named >= scripts
+
+
+# ---- Files ----
+def expand(pattern):
+    """A shell's words of one with braces."""
+    braces = re.search(r"\{([^{}]*)\}", pattern)
+    if not braces:
+        return [pattern]
+    return [word for part in braces[1].split(",") for word in expand(pattern.replace(braces[0], part, 1))]
+
+
+def test_files_that_commands_read_are_there():
+    for page, script, arguments in ALL_COMMANDS:
+        for pattern in arguments:
+            if script.startswith("benchmark/") and pattern.startswith(("runs/reference/", "tests/reference/")):
+                for each in expand(pattern):
+                    assert glob.glob(str(ROOT / each)), f"{name_of(page)}: {script} {pattern}"
+
+
+def headings(page):
+    """Anchors of the page's headings, as GitHub makes them."""
+    found = re.findall(r"^#+ (.*)$", re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"<!--.*?-->", "", page.read_text(), flags=re.S)
+    targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"(?:src|href)=\"([^\"]+)\"", text)
+    for target in targets:
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = unquote(target).partition("#")
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists(), target
+        assert not anchor or anchor in headings(linked), target
+
+
+def test_the_readme_is_one_screen():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+# ---- The same thing said in two places ----
+def test_each_published_run_is_in_one_row():
+    rows = re.findall(r"^\|(.*)$", (ROOT / "docs/reproducing.md").read_text(), re.M)
+    patterns = [pattern for row in rows for pattern in re.findall(r"`([^`\s]+__\*)`|`([^`\s]+_\*)`", row)]
+    patterns = [first or second for first, second in patterns]
+    folders = [path.name for path in (ROOT / "runs/reference").iterdir() if path.is_dir()]
+    for folder in folders:
+        assert sum(fnmatch.fnmatchcase(folder, pattern) for pattern in patterns) == 1, folder
+    for pattern in patterns:
+        assert fnmatch.filter(folders, pattern), pattern
+
+
+def test_pre_commit_takes_the_same_ruff():
+    wanted = re.search(r"^ruff==(\S+)$", (ROOT / "requirements-dev.txt").read_text(), re.M)[1]
+    assert f"rev: v{wanted} " in (ROOT / ".pre-commit-config.yaml").read_text()
