@@ -653,7 +653,7 @@ def parse_args(argv=None):
     for name, tuned in zip(TUNED_FLAGS, TUNED.get(str(args.env_id).replace("-v5", "-v2"), UNTUNED), strict=True):
         if getattr(args, name) is None:
             setattr(args, name, tuned)
-    for name in ("num_envs", "rollout_steps", "num_epochs", "num_minibatches", "num_critics", "history_length"):
+    for name in ("num_envs", "rollout_steps", "num_epochs", "num_minibatches", "history_length"):
         require(getattr(args, name) >= 1, f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
     rows, parts = args.rollout_steps * args.num_envs, args.num_minibatches
     require(parts <= rows, f"--num-minibatches is {parts}, expected at most the {rows} steps of a rollout")
