@@ -52,7 +52,7 @@ def make_learner(script, sharing="kaleidoscope", precision="float32", columns=No
     if script is matd3:
         settings |= dict(policy_freq=2, n_step=3, batch_size=12)
     else:
-        settings |= dict(rollout_steps=STEPS, num_epochs=2, clip=0.2, entropy_coef=0.01, lr=1e-3, lr_decay=True)
+        settings |= dict(rollout_steps=STEPS, num_epochs=1, clip=0.2, entropy_coef=0.01, lr=1e-3, lr_decay=True)
         settings |= dict(num_minibatches=2)
     high = np.ones((AGENTS, ACT), dtype=np.float32)
     return script.Learner(STATE, -high, high, script.Args(**settings), META, columns)
@@ -82,39 +82,36 @@ def act(script, learner):
         return actions, actor.act(obs, layers)
 
 
-def rounds(script, learner, columns=None):
-    """Two rounds of all that a run does on the device. Returns the latest logs."""
+def train(script, learner, columns=None):
+    """A round of all that a run does on the device. Returns what is logged."""
+    for actions in act(script, learner):
+        assert actions.shape == (ENVS, AGENTS, ACT) and actions.device == META
     if script is matd3:
         replay = matd3.Replay(10, ENVS, STATE, (AGENTS, ACT), 3, 0.99, META, columns)
-    else:
-        storage = mappo.Rollout(STEPS, ENVS, STATE, (AGENTS, ACT), META)
-    for _ in range(2):
-        for actions in act(script, learner):
-            assert actions.shape == (ENVS, AGENTS, ACT) and actions.device == META
-        if script is matd3:
+        for _ in range(2):  # wraps
             replay.add(make_steps(STEPS))
-            logs = learner.update(replay.sample(12), False) | learner.update(replay.sample(12), True)
-        else:
-            storage.store(make_steps(STEPS))
-            learner.scale_learning_rates(0.5)
-            logs = learner.update(storage)
-        logs["reset"] = script.reset_actor(learner.actor, 0.5)
-        script.reset_critic(learner.critic, 1)
-        for name in ("actor", "critic"):
-            network = getattr(learner, name)
-            logs |= {f"{name} sparsity": network.sparsity(), f"{name} difference": network.mask_difference()}
+        logs = learner.update(replay.sample(12), with_policy=True)
+    else:
+        rollout = mappo.Rollout(STEPS, ENVS, STATE, (AGENTS, ACT), META)
+        rollout.store(make_steps(STEPS))
+        learner.scale_learning_rates(0.5)
+        logs = learner.update(rollout)
+    logs["reset"] = script.reset_actor(learner.actor, 0.5)
+    script.reset_critic(learner.critic, 1)
+    for name in ("actor", "critic"):
+        network = getattr(learner, name)
+        logs |= {f"{name} sparsity": network.sparsity(), f"{name} difference": network.mask_difference()}
     return logs
 
 
 @each_script
 @pytest.mark.parametrize("sharing", ["kaleidoscope", "full", "none"])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("columns", [None, COLUMNS], ids=["full state", "columns"])
+@pytest.mark.parametrize(("precision", "columns"), [("float32", None), ("bfloat16", COLUMNS)], ids=["all", "columns"])
 def test_nothing_waits_for_the_device_or_leaves_it(script, sharing, precision, columns):
     learner = make_learner(script, sharing, precision, columns)
     assert {x.device for x in [*learner.parameters(), *learner.buffers()]} == {META}
     with OneDevice():
-        logs = rounds(script, learner, columns)
+        logs = train(script, learner, columns)
     assert {value.device for value in logs.values()} == {META}
 
 
@@ -145,7 +142,7 @@ def make_faulty(script, monkeypatch, fault):
 def test_what_waits_or_mixes_devices_raises_by_itself(script, fault, monkeypatch):
     make_faulty(script, monkeypatch, fault)
     with pytest.raises((RuntimeError, NotImplementedError)):
-        rounds(script, make_learner(script))
+        train(script, make_learner(script))
 
 
 @each_script
@@ -161,4 +158,4 @@ def test_what_waits_or_mixes_devices_raises_by_itself(script, fault, monkeypatch
 def test_the_mode_catches_what_the_meta_device_lets_pass(script, fault, monkeypatch):
     make_faulty(script, monkeypatch, fault)
     with OneDevice(), pytest.raises(RuntimeError, match="expected one device"):
-        rounds(script, make_learner(script))
+        train(script, make_learner(script))
