@@ -220,7 +220,7 @@ def test_gradients_in_bfloat16_are_far_closer_to_float64_than_two_batches(script
     assert {network for network, _ in rows} == {"actor", "critic"} and len(rows) > 15
     for name, row in rows.items():
         (exact, _), (error, cosine) = row["float32"], row["bfloat16"]
-        assert 100 * exact < error < 0.3, (name, row)
+        assert 1000 * exact < error < 0.25, (name, row)
         assert cosine > 0.99, (name, row)
 
 
