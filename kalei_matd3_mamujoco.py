@@ -168,7 +168,7 @@ class MaskedLinear(nn.Module):
 def masked_linear(x, weight, bias):
     """x (B, in) or (M, B, in) through M effective layers (M, out, in) in one product: (M, B, out), in the bias's dtype.
 
-    The product is made in the weight's dtype: in bfloat16, both operands are rounded to 8 bits, and sums are float32.
+    The product is made in the weight's dtype: in bfloat16, operands and result are rounded to 8 bits, sums are float32.
     """
     x = x.to(weight.dtype).expand(len(weight), -1, -1)
     if weight.dtype != bias.dtype:
@@ -373,7 +373,7 @@ class Replay:
 
         All steps go to the device together, in six copies.
         """
-        row = ((self.next_row + torch.arange(len(steps))) % self.rows)[-self.rows :]
+        row = ((self.next_row + torch.arange(len(steps), device=self.state.device)) % self.rows)[-self.rows :]
         stacked = (torch.from_numpy(np.stack(values)) for values in zip(*steps[-self.rows :], strict=True))
         *arrays, terminated, truncated = stacked
         names = ("state", "actions", "reward", "next_state", "terminated", "ended")

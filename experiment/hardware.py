@@ -15,8 +15,10 @@ def device_type(device):
     return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def resolve_precision(precision, kind):
-    """What --precision auto means: bfloat16 where a CPU multiplies it natively, TF32 on a GPU, else float32.
+def resolve_precision(precision, kind, auto_bfloat16=True):
+    """What --precision auto means: TF32 on a GPU, bfloat16 where a CPU multiplies it natively, else float32.
+
+    Without `auto_bfloat16`, float32 on every CPU.
 
     Sets PyTorch's products of float32 to TF32 or to full precision.
     """
@@ -24,7 +26,7 @@ def resolve_precision(precision, kind):
     if precision == "bfloat16" and kind == "cpu" and not native:
         warn("this CPU does not multiply bfloat16 natively: --precision bfloat16 is slow here")
     if precision == "auto":
-        precision = "tf32" if kind == "cuda" else "bfloat16" if native else "float32"
+        precision = "tf32" if kind == "cuda" else "bfloat16" if native and auto_bfloat16 else "float32"
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     return precision
 
