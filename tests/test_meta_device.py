@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import kalei_mappo_mamujoco as mappo
 import kalei_matd3_mamujoco as matd3
+from experiment.mask_pictures import mask_difference, sparsity
 
 SCRIPTS = {"matd3": matd3, "mappo": mappo}
 META = torch.device("meta")
@@ -48,9 +49,9 @@ def plain_adam(monkeypatch):
 
 
 def make_learner(script, sharing="kaleidoscope", precision="float32", columns=None):
-    settings = dict(hidden_size=16, num_critics=3, sharing=sharing, precision=precision, num_envs=ENVS)
+    settings = dict(hidden_size=16, sharing=sharing, precision=precision, num_envs=ENVS)
     if script is matd3:
-        settings |= dict(policy_freq=2, n_step=3, batch_size=12)
+        settings |= dict(num_critics=3, policy_freq=2, n_step=3, batch_size=12)
     else:
         settings |= dict(rollout_steps=STEPS, num_epochs=2, clip=0.2, entropy_coef=0.01, lr=1e-3, lr_decay=True)
         settings |= dict(num_minibatches=2)
@@ -99,10 +100,11 @@ def rounds(script, learner, columns=None):
             learner.scale_learning_rates(0.5)
             logs = learner.update(storage)
         logs["reset"] = script.reset_actor(learner.actor, 0.5)
-        script.reset_critic(learner.critic, 1)
+        if script is matd3:
+            matd3.reset_critic(learner.critic, 1)
         for name in ("actor", "critic"):
             network = getattr(learner, name)
-            logs |= {f"{name} sparsity": network.sparsity(), f"{name} difference": network.mask_difference()}
+            logs |= {f"{name} sparsity": sparsity(network), f"{name} difference": mask_difference(network)}
     return logs
 
 

@@ -30,9 +30,9 @@ def matmul_precision():
 
 def make_learner(script, precision, sharing="kaleidoscope", seed=0, **changes):
     torch.manual_seed(seed)
-    settings = dict(hidden_size=HIDDEN, num_critics=3, actor_threshold_bias=1.0, precision=precision, sharing=sharing)
+    settings = dict(hidden_size=HIDDEN, actor_threshold_bias=1.0, precision=precision, sharing=sharing)
     if script is matd3:
-        settings |= dict(policy_freq=2, n_step=3)
+        settings |= dict(num_critics=3, policy_freq=2, n_step=3)
     else:
         settings |= dict(rollout_steps=6, num_epochs=2, num_minibatches=2, clip=0.2, entropy_coef=0.01, lr=1e-3)
         settings |= dict(lr_decay=False, num_envs=4, output_gain=0.5)
@@ -253,10 +253,11 @@ def test_the_first_ratio_of_mappo_is_exactly_1(precision, sharing):
 
 
 # ---- Runs ----
-FLAGS = "--env-id Hopper-v2-3x1 --device cpu --num-threads 1 --seed 3 --num-envs 4 --hidden-size 16 --num-critics 2"
+FLAGS = "--env-id Hopper-v2-3x1 --device cpu --num-threads 1 --seed 3 --num-envs 4 --hidden-size 16"
 FLAGS += " --eval-episodes 0 --log-interval 40 --total-timesteps 320 --checkpoint-interval 160 --save-model"
 FLAGS = {
-    matd3: f"{FLAGS} --warmup-steps 80 --batch-size 16 --buffer-size 240 --train-interval 10 --updates-per-round 4",
+    matd3: f"{FLAGS} --num-critics 2 --warmup-steps 80 --batch-size 16 --buffer-size 240 --train-interval 10"
+    " --updates-per-round 4",
     mappo: f"{FLAGS} --rollout-steps 10 --num-epochs 2 --num-minibatches 2",
 }
 
@@ -297,8 +298,8 @@ def test_a_run_in_bfloat16_that_is_killed_goes_on_in_the_same_bits(script, tmp_p
     whole = run(script, tmp_path / "whole", flags, 11 if script is matd3 else 6, tmp_path / "killed")  # auto
     other = run(script, tmp_path / "float32", [*flags, "--precision", "float32"])
     (killed,) = (tmp_path / "killed" / "runs").iterdir()
-    assert torch.load(killed / "checkpoint.pt")["counters"]["global_step"] == 160
-    assert torch.load(whole / "checkpoint.pt")["counters"]["global_step"] == 320
+    assert torch.load(killed / "checkpoint.pt")["counters"][0] == 160
+    assert torch.load(whole / "checkpoint.pt")["counters"][0] == 320
     set_processor(monkeypatch, False, False)  # resumed on another machine
     capsys.readouterr()
     assert run(script, tmp_path / "killed", ["--resume", str(killed)]) == killed
@@ -307,6 +308,6 @@ def test_a_run_in_bfloat16_that_is_killed_goes_on_in_the_same_bits(script, tmp_p
     assert [model["args"]["precision"] for model in models] == ["bfloat16", "bfloat16", "float32"]
     assert not torch.equal(models[0]["actor"]["layers.0.weight"], models[2]["actor"]["layers.0.weight"])
     ends = [torch.load(folder / "checkpoint.pt") for folder in (whole, killed)]
-    assert {end["counters"]["global_step"] for end in ends} == {320}
+    assert {end["counters"][0] for end in ends} == {320}
     for name, value in ends[0]["learner"].items():
         assert torch.equal(value, ends[1]["learner"][name]), name
