@@ -4,14 +4,12 @@
     tensorboard --logdir runs                                    # watch
     python kalei_mappo_mamujoco.py --evaluate runs/RUN/model.pt  # evaluate what --save-model wrote
 
-All agents share one actor network. What makes them differ is a learnable mask over the shared weights for each of
-them, and a loss that drives the masks apart. The masks are from Li, Pan and Zhang, "Kaleidoscope: Learnable Masks
-for Heterogeneous Multi-agent Reinforcement Learning" (NeurIPS 2024, arXiv:2410.08540), who put them on MATD3; the
-algorithm under them is MAPPO (Yu et al. 2022, arXiv:2103.01955) with HARL's networks and tuned values (Zhong et al.
-2024, arXiv:2304.09870).
+All agents share one actor network. What makes them differ is a learnable mask over the shared weights for each of them,
+and a loss that drives the masks apart: Li, Pan and Zhang, "Kaleidoscope: Learnable Masks for Heterogeneous Multi-agent
+Reinforcement Learning" (NeurIPS 2024, arXiv:2410.08540), who put them on MATD3. The algorithm under them is MAPPO (Yu
+et al. 2022, arXiv:2103.01955) with HARL's networks and tuned values (Zhong et al. 2024, arXiv:2304.09870).
 
-Letters in shapes: B batch, N agents, M masks, T steps, E environments, S numbers of state, O of an observation. A mask
-is a leading dimension of networks and losses.
+In shapes: B batch, N agents, M masks, T steps, E environments, S numbers of state, O of an observation.
 """
 
 import dataclasses
@@ -175,15 +173,6 @@ class OrthogonalLinear(MaskedLinear):
         return weight
 
 
-class Norm(nn.Module):
-    """Scale and shift after a LayerNorm, which all masks share, (1, size), or with `own` have for themselves."""
-
-    def __init__(self, num_masks, size, own):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones((num_masks, 1, size) if own else (1, size)))
-        self.bias = nn.Parameter(torch.zeros_like(self.weight))
-
-
 def masked_linear(x, weight, bias):
     """x (B, in) or (M, B, in) through M effective layers (M, out, in) in one product: (M, B, out), in the bias's dtype.
 
@@ -217,7 +206,8 @@ class MaskedMLP(nn.Module):
             # sigmoid(s) is about exp(s), so that a shift by the log of a layer's size (rms of its weights, relative to
             # the first layer's) gives all layers the same share of zeros: the last one starts 100 times smaller
             shift = math.log((gain / max(size) ** 0.5) / (2 / max(inputs, hidden)) ** 0.5)
-            norms.append(Norm(num_masks, size[0], own))
+            shape = (num_masks, 1, size[0]) if own else (1, size[0])
+            norms.append(nn.ParameterDict({"weight": torch.ones(shape), "bias": torch.zeros(shape)}))
             layers.append(OrthogonalLinear(num_masks, *size, scale, bias - shift, own, gain))
         self.layers, self.norms = nn.ModuleList(layers), nn.ModuleList(norms)
         # a LayerNorm without scale and shift takes twice as long on a CPU as one with ones and zeros
@@ -225,10 +215,10 @@ class MaskedMLP(nn.Module):
         self.register_buffer("zero", torch.zeros(hidden), persistent=False)
 
     def effective_layers(self):
-        """The four layers' effective weights (M, out, in) and biases (M, 1, out), each with the norm before it in them.
+        """Effective weights (M, out, in), hidden ones in the dtype of their products, and biases (M, 1, out).
 
-        W (scale * x + shift) + b = (W * scale) x + (W shift + b): on weights this is far less work than on a batch, and
-        spares the first layer the gradient towards x. With --precision bfloat16, the hidden layers' weights are in it.
+        In them is the norm before a layer: W (scale * x + shift) + b = (W * scale) x + (W shift + b). On weights this
+        is far less work than on a batch, and spares the first layer the gradient towards x.
         """
         layers = []
         for norm, layer in zip(self.norms, self.layers, strict=True):
@@ -367,8 +357,7 @@ def diversity_loss(network, layer_weights, weighted=True):
 class AdaptiveCoefficient(nn.Module):
     """The weight of the diversity loss: |beta * mean(RL losses) / mean(diversity losses)| over the latest `length`.
 
-    The histories are rings on the device. Both hold equally many losses and zeros, so that the ratio of the sums
-    is the ratio of the means.
+    The histories are rings on the device, with equally many losses, so that the ratio of sums is that of means.
     """
 
     def __init__(self, beta, length, device):
@@ -466,14 +455,6 @@ def clipped_value_loss(values, old_values, returns, clip, delta):
     return torch.maximum(*losses)
 
 
-def clip_gradients(gradients, max_norm, own=False):
-    """Scale gradients (...) in place down to `max_norm` over all of them; with `own`, each agent's part, (N, ...)."""
-    rows = [gradient.view(len(gradient) if own else 1, -1) for gradient in gradients]
-    norm = sum(row.square().sum(1, keepdim=True) for row in rows).sqrt()  # (N, 1) or (1, 1)
-    for row in rows:
-        row.mul_((max_norm / (norm + 1e-6)).clamp(max=1))
-
-
 # ---- The update ----
 class Learner(nn.Module):
     """Networks, optimisers and loss histories, and the updates that change them in place on the device."""
@@ -537,12 +518,15 @@ class Learner(nn.Module):
         return batch, {"losses/explained_variance": explained, "values/value": values.mean()}
 
     def step(self, optimizer, network, loss, own=False):
-        """An optimiser step whose gradient is scaled down to max_grad_norm; with `own`, that of each agent is."""
+        """One step, its gradient scaled down to max_grad_norm; with `own`, each agent's part (N, ...) by itself."""
         optimizer.zero_grad()
         loss.backward()
         gradients = [parameter.grad for parameter in network.parameters()]
         all_reduce_mean(gradients)
-        clip_gradients(gradients, self.args.max_grad_norm, own)
+        rows = [gradient.view(len(gradient) if own else 1, -1) for gradient in gradients]
+        norm = sum(row.square().sum(1, keepdim=True) for row in rows).sqrt()  # (N, 1) or (1, 1)
+        for row in rows:
+            row.mul_((self.args.max_grad_norm / (norm + 1e-6)).clamp(max=1))
         optimizer.step()
 
     def update_actor(self, batch, rows):
@@ -659,10 +643,7 @@ def evaluate(actor, envs, seed, watch=None):
 
 # ---- Command line ----
 def parse_args(argv=None):
-    """(args, None), with tuned values filled in; with --resume, (the run's args, its checkpoint).
-
-    Checked here is what would go wrong late or without a word: tyro, make_env and experiment/ refuse the rest.
-    """
+    """(args, checkpoint or None), tuned values filled in. Checked is what would go wrong late or without a word."""
     args, checkpoint = tyro.cli(Args, args=argv), None
     if args.resume is not None:
         checkpoint = read_checkpoint(args.resume, Args)
@@ -672,7 +653,7 @@ def parse_args(argv=None):
     for name, tuned in zip(TUNED_FLAGS, TUNED.get(str(args.env_id).replace("-v5", "-v2"), UNTUNED), strict=True):
         if getattr(args, name) is None:
             setattr(args, name, tuned)
-    for name in ("num_envs", "rollout_steps", "num_epochs", "num_minibatches", "num_critics", "history_length"):
+    for name in ("num_envs", "rollout_steps", "num_epochs", "num_minibatches", "history_length"):
         require(getattr(args, name) >= 1, f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
     rows, parts = args.rollout_steps * args.num_envs, args.num_minibatches
     require(parts <= rows, f"--num-minibatches is {parts}, expected at most the {rows} steps of a rollout")

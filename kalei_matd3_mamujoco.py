@@ -4,13 +4,13 @@
     tensorboard --logdir runs                                    # watch
     python kalei_matd3_mamujoco.py --evaluate runs/RUN/model.pt  # evaluate what --save-model wrote
 
-All agents share one actor network and all critics one critic network. What makes them differ is a learnable mask
-over the shared weights for each of them, and a loss that drives the masks apart. The method is from Li, Pan and
-Zhang, "Kaleidoscope: Learnable Masks for Heterogeneous Multi-agent Reinforcement Learning" (NeurIPS 2024,
-arXiv:2410.08540); where the paper is silent, the authors' released code decides.
+All agents share one actor network and all critics one critic network. What makes them differ is a learnable mask over
+the shared weights for each of them, and a loss that drives the masks apart: Li, Pan and Zhang, "Kaleidoscope: Learnable
+Masks for Heterogeneous Multi-agent Reinforcement Learning" (NeurIPS 2024, arXiv:2410.08540). Where the paper is silent,
+the authors' released code decides.
 
-Letters in shapes: B batch, N agents, K critics, M masks (N for the actor, K for the critic), E environments,
-S numbers of state, O of an observation. A mask is a leading dimension of networks and losses.
+In shapes: B batch, N agents, K critics, M masks (N of the actor, K of the critic), E environments, S numbers of state,
+O of an observation.
 """
 
 import copy
@@ -284,8 +284,7 @@ def diversity_loss(network, layer_weights, weighted=True):
 class AdaptiveCoefficient(nn.Module):
     """The weight of the diversity loss: |beta * mean(RL losses) / mean(diversity losses)| over the latest `length`.
 
-    The histories are rings on the device. Both hold equally many losses and zeros, so that the ratio of the sums
-    is the ratio of the means.
+    The histories are rings on the device, with equally many losses, so that the ratio of sums is that of means.
     """
 
     def __init__(self, beta, length, device):
@@ -370,15 +369,13 @@ class Replay:
         self.filled = torch.zeros((), dtype=torch.long, device=device)
 
     def add(self, steps):
-        """Store steps of all environments: a list of (state, actions, reward, next_state, terminated, truncated).
+        """Store steps, a list of (state, actions, reward, next_state, terminated, truncated), arrays of E rows each.
 
-        Each is a tuple of arrays of E rows. All steps go to the device together, in six copies.
+        All steps go to the device together, in six copies.
         """
-        count = min(len(steps), self.rows)
-        row = (self.next_row + torch.arange(len(steps))[-count:]) % self.rows
-        *arrays, terminated, truncated = (
-            torch.from_numpy(np.stack(values)) for values in zip(*steps[-count:], strict=True)
-        )
+        row = ((self.next_row + torch.arange(len(steps))) % self.rows)[-self.rows :]
+        stacked = (torch.from_numpy(np.stack(values)) for values in zip(*steps[-self.rows :], strict=True))
+        *arrays, terminated, truncated = stacked
         names = ("state", "actions", "reward", "next_state", "terminated", "ended")
         for name, values in zip(names, (*arrays, terminated, terminated | truncated), strict=True):
             stored = getattr(self, name)
@@ -511,11 +508,7 @@ class Learner(nn.Module):
 
     @torch.no_grad()
     def update_targets(self):
-        """Polyak averaging: the target critic once, and each agent's target actor once.
-
-        Where all agents hold one network, that is N times for it, as released, and done in one step here; networks of
-        their own are averaged once each.
-        """
+        """Polyak averaging: the critic's target once, each agent's once. That is N times for one which all share."""
         times = 1 if self.args.sharing == "none" else self.num_agents
         rates = (self.args.polyak, 1 - (1 - self.args.polyak) ** times)
         pairs = ((self.critic, self.target_critic), (self.actor, self.target_actor))
@@ -596,10 +589,7 @@ def evaluate(actor, envs, seed, watch=None):
 
 # ---- Command line ----
 def parse_args(argv=None):
-    """(args, None), with tuned values filled in; with --resume, (the run's args, its checkpoint).
-
-    Checked here is what would go wrong late or without a word: tyro, make_env and experiment/ refuse the rest.
-    """
+    """(args, checkpoint or None), tuned values filled in. Checked is what would go wrong late or without a word."""
     args, checkpoint = tyro.cli(Args, args=argv), None
     if args.resume is not None:
         checkpoint = read_checkpoint(args.resume, Args)
@@ -636,9 +626,8 @@ def main():
     space, num_envs = envs.single_action_space, args.num_envs * num_processes
     learner = Learner(envs.state_size, space.low, space.high, args, device, envs.columns)
     actor, critic = learner.actor, learner.critic
-    buffer_rows = -(-min(args.buffer_size, args.total_timesteps) // num_envs)
-    sizes = (buffer_rows, args.num_envs, envs.state_size, space.shape)
-    replay = Replay(*sizes, args.n_step, args.gamma, device, envs.columns)
+    rows, sizes = -(-min(args.buffer_size, args.total_timesteps) // num_envs), (envs.state_size, space.shape)
+    replay = Replay(rows, args.num_envs, *sizes, args.n_step, args.gamma, device, envs.columns)
     eval_envs = make_env(args, args.seed, args.eval_episodes) if args.eval_episodes and rank == 0 else None
     viewer = open_viewer(args, eval_envs)
 
