@@ -17,15 +17,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.summary.writer import event_file_writer
+from run_scripts import curves, environment, one_line, run_main
 
 import kalei_mappo_mamujoco as mappo
 import kalei_matd3_mamujoco as matd3
-from experiment import checkpoints, run_folder, stopping
-
-# event files of one second and process are read in the order of this number as text, which 9 and 10 would spoil
-event_file_writer._global_uid = event_file_writer.AtomicCounter(1000)
+from experiment import checkpoints, run_folder
 
 SCRIPTS = {"matd3": matd3, "mappo": mappo}
 # blocks of 40 steps up to 640, checkpoints at 320, 600 and 640, resets from 240 at the latest to 480, episodes
@@ -38,55 +34,21 @@ FLAGS = {
     " --train-interval 10 --updates-per-round 4 --episode-limit 23",
     mappo: f"{COMMON} --rollout-steps 10 --num-epochs 2 --num-minibatches 2 --episode-limit 17",
 }
-TIMES = ("charts/SPS", "charts/checkpoint_seconds")  # what differs from run to run
-
-
-class SignalInBlock(stopping.StopSignals):
-    """As if SIGTERM came in block number `block`; leaves the handlers of the tests' own process alone."""
-
-    def __init__(self, block):
-        self.block, self.seen = block, 0
-
-    @property
-    def received(self):
-        self.seen += 1  # the loop asks once a block
-        return signal.SIGTERM if self.seen >= self.block else None
 
 
 def train(script, folder, *flags, block=math.inf):
     """main() in `folder`, on FLAGS where it does not resume, up to a signal in `block`: (exit code, run folder)."""
     flags = [*([] if "--resume" in flags else FLAGS[script].split()), *map(str, flags)]
-    code = 0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(sys, "argv", [script.__file__, *flags])
-        patch.setattr(script, "StopSignals", lambda: SignalInBlock(block))
-        try:
-            script.main()
-        except SystemExit as end:
-            code = end.code
+    code, out, err = run_main(script, *flags, cwd=folder, block=block)
+    sys.stdout.write(out)
+    sys.stderr.write(err)
     found = list(Path(folder).glob("runs/*"))
     assert len(found) <= 1, "a run has one folder, however often it is resumed"
     return code, found[0] if found else None
 
 
-def environment():
-    return os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONUNBUFFERED": "1",
-        "PYTHONPATH": str(Path(matd3.__file__).parent),
-    }
-
-
 def read(run_folder):
     return torch.load(run_folder / "checkpoint.pt", weights_only=True)
-
-
-def scalars(run_folder):
-    """{tag: [(step, value), ...]} of all event files of a run, without those that measure time."""
-    events = EventAccumulator(str(run_folder), size_guidance={"scalars": 0, "tensors": 0}).Reload()
-    tags = events.Tags()["scalars"]
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags if tag not in TIMES}
 
 
 def snapshot(folder):
@@ -121,11 +83,7 @@ def assert_same_runs(a, b):
     for checkpoint in checkpoints:
         checkpoint["args"].pop("resume")
     assert_same(*checkpoints, "checkpoint")
-    assert_same(scalars(a), scalars(b), "scalars")
-
-
-def one_line(err):
-    return len(err.splitlines()) == 1 and err.startswith("error: ")
+    assert_same(curves(a), curves(b), "scalars")
 
 
 # ---- Exactness ----
@@ -166,7 +124,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(case, tmp_path):
         assert done.returncode == -signal.SIGKILL, done.stderr.decode()
         (folder,) = (tmp_path / "interrupted" / "runs").iterdir()
         assert read(folder)["counters"][0] == 320
-        assert max(series[-1][0] for series in scalars(folder).values()) > 320, "nothing for the resumed run to replace"
+        assert max(series[-1][0] for series in curves(folder).values()) > 320, "nothing for the resumed run to replace"
         (events,) = folder.glob("events*")
         os.truncate(events, events.stat().st_size - 3)  # as if killed while it wrote an entry
         # and a second time, from a checkpoint that a resumed run wrote
@@ -181,7 +139,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(case, tmp_path):
     assert (lengths > 0).any(), "no episode was under way"
     if block != 3:
         for tag in ("resets/actor_weights", "resets/critic_member")[: 2 if script is matd3 else 1]:
-            first, *_, last = (reset for reset, _ in scalars(whole)[tag])
+            first, *_, last = (reset for reset, _ in curves(whole)[tag])
             assert first < step < last, "resets on one side only"
         if script is matd3:
             replay = stopped["replay"]
@@ -224,7 +182,7 @@ def warnings_in(err):
 
 
 @pytest.mark.parametrize(("name", "number"), [("matd3", signal.SIGTERM), ("mappo", signal.SIGINT)])
-def test_a_signal_ends_in_a_checkpoint_from_which_the_run_goes_on(name, number, tmp_path):
+def test_a_signal_ends_in_a_checkpoint_from_which_the_run_goes_on(name, number, tmp_path, capsys):
     script = SCRIPTS[name]
     with process(script, tmp_path, "--checkpoint-interval", "100_000_000") as child:
         # when it learns; only the signal can have written the checkpoint
@@ -239,11 +197,8 @@ def test_a_signal_ends_in_a_checkpoint_from_which_the_run_goes_on(name, number, 
     step = checkpoint["counters"][0]
     assert step % 40 == 0 and checkpoint["counters"][1] > 0
 
-    flags = ["--resume", str(folder), "--total-timesteps", str(step + 80)]
-    done = subprocess.run(
-        [sys.executable, script.__file__, *flags], cwd=tmp_path, env=environment(), capture_output=True
-    )
-    assert done.returncode == 0 and not warnings_in(done.stderr.decode())
+    code, _ = train(script, tmp_path, "--resume", folder, "--total-timesteps", step + 80)
+    assert code == 0 and not warnings_in(capsys.readouterr().err)
     assert read(folder)["counters"][0] == step + 80
     assert list((tmp_path / "runs").iterdir()) == [folder]
 
@@ -354,7 +309,7 @@ def test_a_run_goes_on_where_there_is_no_room_for_its_checkpoints(copied, tmp_pa
     assert (folder / "checkpoint.pt").read_bytes() == before and not list(folder.glob("*.tmp"))
     warned = re.findall(rf"warning: {re.escape(str(folder))}/checkpoint.pt: ", capsys.readouterr().err)
     assert len(warned) == 2, "at steps 600 and 640"
-    assert scalars(folder)["charts/eval_return"][-1][0] == 640
+    assert curves(folder)["charts/eval_return"][-1][0] == 640
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's, of its thread
@@ -393,7 +348,7 @@ def test_scalars_are_written_again_a_minute_after_their_folder_was_gone(tmp_path
     now += 2
     writer.add_scalar("x", 3.0, 3)
     writer.close()
-    assert scalars(folder)["x"] == [(3, 3.0)] and not capsys.readouterr().err
+    assert curves(folder)["x"] == [(3, 3.0)] and not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -738,7 +693,7 @@ def test_what_diverges_stops_and_is_not_saved(case, tmp_path, monkeypatch, capsy
     assert code == 1 and line.startswith("error: diverged: ") and expected in line, line
     assert "Traceback" not in err
     assert_finite_at_320(folder)
-    assert scalars(folder)["charts/updates"][-1] == (320, 12 if script is matd3 else 32), "the curves end before it"
+    assert curves(folder)["charts/updates"][-1] == (320, 12 if script is matd3 else 32), "the curves end before it"
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -98,6 +98,7 @@ def checkpoints(run_folder):
     return {path.name: torch.load(path, weights_only=True) for path in sorted(run_folder.glob("checkpoint*.pt"))}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("script", [matd3, mappo], ids=["matd3", "mappo"])
 def test_two_processes_resume_bit_for_bit(script, tmp_path):
     for name in ("whole", "killed"):
@@ -132,6 +133,7 @@ def test_two_processes_resume_bit_for_bit(script, tmp_path):
     assert code != 0 and f"error: --resume: {path}: ValueError: not as it was written" in err, err[-3000:]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("script", [matd3, mappo], ids=["matd3", "mappo"])
 def test_three_processes_draw_and_act_differently(script, tmp_path):
     flags = FLAGS[script].replace("--batch-size 16", "--batch-size 15").split()
