@@ -4,7 +4,7 @@ import torch
 
 import kalei_matd3_mamujoco as script
 
-torch.set_num_threads(1)  # the tests' networks are too small for more
+torch.set_num_threads(1)  # the tests' networks are too small for more, and pytest runs two tests at a time
 
 
 @pytest.fixture

@@ -17,76 +17,38 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.summary.writer import event_file_writer
+from run_scripts import curves, environment, one_line, run_main
 
 import kalei_mappo_mamujoco as mappo
 import kalei_matd3_mamujoco as matd3
-from experiment import checkpoints, run_folder, stopping
-
-# event files of one second and process are read in the order of this number as text, which 9 and 10 would spoil
-event_file_writer._global_uid = event_file_writer.AtomicCounter(1000)
+from experiment import checkpoints, run_folder
 
 SCRIPTS = {"matd3": matd3, "mappo": mappo}
 # blocks of 40 steps up to 640, checkpoints at 320, 600 and 640, resets from 240 at the latest to 480, episodes
 # that both terminate and are cut, and for MATD3 a replay buffer of 60 rows, which has wrapped at step 240
 COMMON = "--device cpu --num-threads 1 --env-id Hopper-v2-3x1 --seed 3 --total-timesteps 640 --num-envs 4"
-COMMON += " --hidden-size 32 --num-critics 3 --eval-interval 300 --eval-episodes 3 --log-interval 40 --save-model"
-COMMON += " --checkpoint-interval 300 --actor-reset-interval 120 --critic-reset-interval 80 --actor-threshold-bias 0"
+COMMON += " --hidden-size 32 --eval-interval 300 --eval-episodes 3 --log-interval 40 --save-model"
+COMMON += " --checkpoint-interval 300 --actor-reset-interval 120 --actor-threshold-bias 0"
 FLAGS = {
-    matd3: f"{COMMON} --warmup-steps 200 --batch-size 32 --buffer-size 240 --train-interval 10 --updates-per-round 4"
-    " --episode-limit 23",
+    matd3: f"{COMMON} --num-critics 3 --critic-reset-interval 80 --warmup-steps 200 --batch-size 32 --buffer-size 240"
+    " --train-interval 10 --updates-per-round 4 --episode-limit 23",
     mappo: f"{COMMON} --rollout-steps 10 --num-epochs 2 --num-minibatches 2 --episode-limit 17",
 }
-TIMES = ("charts/SPS", "charts/checkpoint_seconds")  # what differs from run to run
-
-
-class SignalInBlock(stopping.StopSignals):
-    """As if SIGTERM came in block number `block`; leaves the handlers of the tests' own process alone."""
-
-    def __init__(self, block):
-        self.block, self.seen = block, 0
-
-    @property
-    def received(self):
-        self.seen += 1  # the loop asks once a block
-        return signal.SIGTERM if self.seen >= self.block else None
 
 
 def train(script, folder, *flags, block=math.inf):
     """main() in `folder`, on FLAGS where it does not resume, up to a signal in `block`: (exit code, run folder)."""
     flags = [*([] if "--resume" in flags else FLAGS[script].split()), *map(str, flags)]
-    code = 0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(sys, "argv", [script.__file__, *flags])
-        patch.setattr(script, "StopSignals", lambda: SignalInBlock(block))
-        try:
-            script.main()
-        except SystemExit as end:
-            code = end.code
+    code, out, err = run_main(script, *flags, cwd=folder, block=block)
+    sys.stdout.write(out)
+    sys.stderr.write(err)
     found = list(Path(folder).glob("runs/*"))
     assert len(found) <= 1, "a run has one folder, however often it is resumed"
     return code, found[0] if found else None
 
 
-def environment():
-    return os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONUNBUFFERED": "1",
-        "PYTHONPATH": str(Path(matd3.__file__).parent),
-    }
-
-
 def read(run_folder):
     return torch.load(run_folder / "checkpoint.pt", weights_only=True)
-
-
-def scalars(run_folder):
-    """{tag: [(step, value), ...]} of all event files of a run, without those that measure time."""
-    events = EventAccumulator(str(run_folder), size_guidance={"scalars": 0, "tensors": 0}).Reload()
-    tags = events.Tags()["scalars"]
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags if tag not in TIMES}
 
 
 def snapshot(folder):
@@ -121,11 +83,7 @@ def assert_same_runs(a, b):
     for checkpoint in checkpoints:
         checkpoint["args"].pop("resume")
     assert_same(*checkpoints, "checkpoint")
-    assert_same(scalars(a), scalars(b), "scalars")
-
-
-def one_line(err):
-    return len(err.splitlines()) == 1 and err.startswith("error: ")
+    assert_same(curves(a), curves(b), "scalars")
 
 
 # ---- Exactness ----
@@ -133,14 +91,13 @@ def one_line(err):
 KILLED = """
 import os, signal
 import {name} as script
-from experiment import checkpoints
-write, times = checkpoints.write_checkpoint, []
+write, times = script.write_checkpoint, []
 def write_once(*arguments):
     times.append(1)
     if len(times) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     return write(*arguments)
-checkpoints.write_checkpoint = write_once
+script.write_checkpoint = write_once
 script.main()
 """
 CASES = {  # script, its flags, and the block in which a signal comes, or None for a kill
@@ -166,23 +123,23 @@ def test_a_resumed_run_is_the_same_bit_for_bit(case, tmp_path):
         done = subprocess.run(command, cwd=tmp_path / "interrupted", env=environment(), capture_output=True, timeout=60)
         assert done.returncode == -signal.SIGKILL, done.stderr.decode()
         (folder,) = (tmp_path / "interrupted" / "runs").iterdir()
-        assert read(folder)["counters"]["global_step"] == 320
-        assert max(series[-1][0] for series in scalars(folder).values()) > 320, "nothing for the resumed run to replace"
+        assert read(folder)["counters"][0] == 320
+        assert max(series[-1][0] for series in curves(folder).values()) > 320, "nothing for the resumed run to replace"
         (events,) = folder.glob("events*")
         os.truncate(events, events.stat().st_size - 3)  # as if killed while it wrote an entry
         # and a second time, from a checkpoint that a resumed run wrote
         code, _ = train(script, tmp_path / "interrupted", "--resume", folder, block=3)
-        assert code == 143 and read(folder)["counters"]["global_step"] == 440
+        assert code == 143 and read(folder)["counters"][0] == 440
     else:
         code, folder = train(script, tmp_path / "interrupted", *flags, block=block)
-        assert code == 143 and read(folder)["counters"]["global_step"] == 40 * block
+        assert code == 143 and read(folder)["counters"][0] == 40 * block
 
     stopped = read(folder)
-    lengths, step = stopped["envs"]["lengths"], stopped["counters"]["global_step"]
+    lengths, step = stopped["envs"]["lengths"], stopped["counters"][0]
     assert (lengths > 0).any(), "no episode was under way"
     if block != 3:
-        for tag in ("resets/actor_weights", "resets/critic_member"):
-            first, *_, last = (reset for reset, _ in scalars(whole)[tag])
+        for tag in ("resets/actor_weights", "resets/critic_member")[: 2 if script is matd3 else 1]:
+            first, *_, last = (reset for reset, _ in curves(whole)[tag])
             assert first < step < last, "resets on one side only"
         if script is matd3:
             replay = stopped["replay"]
@@ -190,7 +147,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(case, tmp_path):
 
     code, _ = train(script, tmp_path / "interrupted", "--resume", folder)
     assert code == 0
-    assert read(folder)["counters"]["global_step"] == 640 > step
+    assert read(folder)["counters"][0] == 640 > step
     assert_same_runs(whole, folder)
 
 
@@ -225,7 +182,7 @@ def warnings_in(err):
 
 
 @pytest.mark.parametrize(("name", "number"), [("matd3", signal.SIGTERM), ("mappo", signal.SIGINT)])
-def test_a_signal_ends_in_a_checkpoint_from_which_the_run_goes_on(name, number, tmp_path):
+def test_a_signal_ends_in_a_checkpoint_from_which_the_run_goes_on(name, number, tmp_path, capsys):
     script = SCRIPTS[name]
     with process(script, tmp_path, "--checkpoint-interval", "100_000_000") as child:
         # when it learns; only the signal can have written the checkpoint
@@ -237,15 +194,12 @@ def test_a_signal_ends_in_a_checkpoint_from_which_the_run_goes_on(name, number, 
     (warning,) = warnings_in((tmp_path / "err").read_text())
     assert number.name in warning
     checkpoint = read(folder)
-    step = checkpoint["counters"]["global_step"]
-    assert step % 40 == 0 and checkpoint["counters"]["num_updates"] > 0
+    step = checkpoint["counters"][0]
+    assert step % 40 == 0 and checkpoint["counters"][1] > 0
 
-    flags = ["--resume", str(folder), "--total-timesteps", str(step + 80)]
-    done = subprocess.run(
-        [sys.executable, script.__file__, *flags], cwd=tmp_path, env=environment(), capture_output=True
-    )
-    assert done.returncode == 0 and not warnings_in(done.stderr.decode())
-    assert read(folder)["counters"]["global_step"] == step + 80
+    code, _ = train(script, tmp_path, "--resume", folder, "--total-timesteps", step + 80)
+    assert code == 0 and not warnings_in(capsys.readouterr().err)
+    assert read(folder)["counters"][0] == step + 80
     assert list((tmp_path / "runs").iterdir()) == [folder]
 
 
@@ -334,7 +288,7 @@ def stopped(request, tmp_path_factory):
     """(script, run folder) of a run that a signal stopped at step 360."""
     script = SCRIPTS[request.param]
     code, folder = train(script, tmp_path_factory.mktemp("stopped"), block=9)
-    assert code == 143 and read(folder)["counters"]["global_step"] == 360
+    assert code == 143 and read(folder)["counters"][0] == 360
     return script, folder
 
 
@@ -355,21 +309,22 @@ def test_a_run_goes_on_where_there_is_no_room_for_its_checkpoints(copied, tmp_pa
     assert (folder / "checkpoint.pt").read_bytes() == before and not list(folder.glob("*.tmp"))
     warned = re.findall(rf"warning: {re.escape(str(folder))}/checkpoint.pt: ", capsys.readouterr().err)
     assert len(warned) == 2, "at steps 600 and 640"
-    assert scalars(folder)["charts/eval_return"][-1][0] == 640
+    assert curves(folder)["charts/eval_return"][-1][0] == 640
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's, of its thread
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_run_goes_on_where_its_folder_is_gone(name, tmp_path, monkeypatch, capsys):
-    write = checkpoints.write_checkpoint
+    script = SCRIPTS[name]
+    write = script.write_checkpoint
 
     def write_nowhere(folder, *arguments):
         while os.path.exists(folder):  # TensorBoard's thread may write to it meanwhile
             shutil.rmtree(folder, ignore_errors=True)
         return write(folder, *arguments)
 
-    monkeypatch.setattr(checkpoints, "write_checkpoint", write_nowhere)
-    code, _ = train(SCRIPTS[name], tmp_path)
+    monkeypatch.setattr(script, "write_checkpoint", write_nowhere)
+    code, _ = train(script, tmp_path)
     err = capsys.readouterr().err
     assert code == 0 and "640/640" in err
     assert len(re.findall(r"warning: .*checkpoint\.pt: No such file", err)) == 3, "at steps 320, 600 and 640"
@@ -393,7 +348,7 @@ def test_scalars_are_written_again_a_minute_after_their_folder_was_gone(tmp_path
     now += 2
     writer.add_scalar("x", 3.0, 3)
     writer.close()
-    assert scalars(folder)["x"] == [(3, 3.0)] and not capsys.readouterr().err
+    assert curves(folder)["x"] == [(3, 3.0)] and not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -438,7 +393,7 @@ def save_the_other_scripts(script, folder):
     envs = other.MaMuJoCoVecEnv("Hopper-v2-3x1", 2)
     learner = other.Learner(envs.state_size, -space, space, args, torch.device("cpu"))
     obs, _ = envs.reset()
-    checkpoints.write_checkpoint(str(folder), learner, envs, obs, {"global_step": 5})
+    checkpoints.write_checkpoint(str(folder), run_folder.NoWriter(), learner, envs, obs, (5, 0))
     envs.close()
 
 
@@ -533,7 +488,7 @@ def test_what_a_run_has_learnt_with_cannot_be_changed(stopped, capsys):
 def test_a_runs_own_values_and_what_may_change_are_accepted(stopped, capsys):
     script, folder = stopped
     args, checkpoint = script.parse_args(["--resume", str(folder)])
-    assert checkpoint["counters"]["global_step"] == 360
+    assert checkpoint["counters"][0] == 360
     args.resume = None
     own = script.parse_args(FLAGS[script].split())[0]
     assert args == own, "the run's arguments, tuned values included, are those without any flag"
@@ -546,13 +501,10 @@ def test_a_runs_own_values_and_what_may_change_are_accepted(stopped, capsys):
     assert not capsys.readouterr().out
 
     changes = dict(total_timesteps=361, device="auto", num_threads=2, log_interval=7, eval_interval=8, eval_episodes=9)
-    changes |= dict(save_model=False, checkpoint_interval=10, checkpoint_buffer=False, capture_video=True, render=True)
+    changes |= dict(save_model=False, checkpoint_interval=10, capture_video=True, render=True)
     changes |= dict(track=True, wandb_project_name="masks", wandb_entity="us", cudagraph=False, compile=True)
     assert {"resume", *changes} == checkpoints.MAY_CHANGE
     for name, value in changes.items():
-        if not hasattr(own, name):
-            assert (script, name) == (mappo, "checkpoint_buffer")
-            continue
         flag = name.replace("_", "-")
         flags = [f"--{flag}", str(value)] if type(value) is not bool else [f"--{flag}" if value else f"--no-{flag}"]
         args, _ = script.parse_args(["--resume", str(folder), *flags])
@@ -592,7 +544,7 @@ def test_a_run_that_is_over_is_not_resumed_without_more_steps(copied, tmp_path, 
     assert code == 2 and one_line(err) and "--total-timesteps is 640, expected more than the 640 steps" in err
     assert snapshot(tmp_path) == before and not out
     assert train(script, tmp_path, "--resume", folder, "--total-timesteps", 700)[0] == 0
-    assert read(folder)["counters"]["global_step"] == (700 if script is matd3 else 720)
+    assert read(folder)["counters"][0] == (700 if script is matd3 else 720)
 
 
 def test_resuming_and_evaluating_exclude_each_other(stopped, capsys):
@@ -676,38 +628,6 @@ def test_what_is_saved_of_a_replay_buffer_stays_as_it_was():
     assert_same(saved, again, "replay")
 
 
-def test_without_the_buffer_a_resumed_run_fills_a_new_one_and_then_learns_on(tmp_path):
-    # states of 113 numbers, so that the buffer is most of the checkpoint
-    flags = "--env-id Ant-v2-4x2 --total-timesteps 1400 --hidden-size 4 --buffer-size 1000 --eval-episodes 0"
-    flags += " --actor-reset-interval 0 --critic-reset-interval 0"
-    sizes = {}
-    for flag in ("--checkpoint-buffer", "--no-checkpoint-buffer"):
-        (tmp_path / flag).mkdir()
-        code, folder = train(matd3, tmp_path / flag, *flags.split(), flag, block=24)
-        assert code == 143
-        sizes[flag] = (folder / "checkpoint.pt").stat().st_size
-    assert sizes["--checkpoint-buffer"] > 3 * sizes["--no-checkpoint-buffer"]
-    stopped = read(folder)
-    made = stopped["counters"]["num_updates"]
-    assert stopped["counters"]["global_step"] == 960 and stopped["replay"] is None and made == 4 * 19
-
-    updates = []
-    with pytest.MonkeyPatch.context() as patch:
-        update = matd3.Learner.update
-
-        def count(learner, batch, with_policy):
-            assert not (batch.state == 0).all(-1).any(), "drawn from rows that are not filled"
-            updates.append(with_policy)
-            return update(learner, batch, with_policy)
-
-        patch.setattr(matd3.Learner, "update", count)
-        code, _ = train(matd3, tmp_path / flag, "--resume", folder)
-    assert code == 0
-    curve = [(step, value) for step, value in scalars(folder)["charts/updates"] if step > 960]
-    assert curve == [(1200 + 40 * i, made + 4 * (i + 1)) for i in range(6)]
-    assert len(updates) == 4 * 6 == read(folder)["counters"]["num_updates"] - made
-
-
 # ---- Divergence ----
 NAN = float("nan")
 
@@ -757,11 +677,11 @@ def diverge(script, call, how, folder, monkeypatch, *flags):
 
 def assert_finite_at_320(folder):
     checkpoint = read(folder)
-    assert checkpoint["counters"]["global_step"] == 320
+    assert checkpoint["counters"][0] == 320
     model = torch.load(folder / "model.pt", weights_only=True)
     for state in (checkpoint["learner"], model["actor"], model["critic"]):
         assert state and all(torch.isfinite(value).all() for value in state.values())
-    assert all(torch.isfinite(value) for value in (checkpoint["logs"] or {}).values())
+    assert all(torch.isfinite(value) for value in checkpoint["logs"].values())
 
 
 @pytest.mark.parametrize("case", DIVERGED)
@@ -773,7 +693,7 @@ def test_what_diverges_stops_and_is_not_saved(case, tmp_path, monkeypatch, capsy
     assert code == 1 and line.startswith("error: diverged: ") and expected in line, line
     assert "Traceback" not in err
     assert_finite_at_320(folder)
-    assert scalars(folder)["charts/updates"][-1] == (320, 12 if script is matd3 else 32), "the curves end before it"
+    assert curves(folder)["charts/updates"][-1] == (320, 12 if script is matd3 else 32), "the curves end before it"
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten
 import kalei_mappo_mamujoco as mappo
 import kalei_matd3_mamujoco as matd3
 from experiment import checkpoints
+from experiment.run_folder import NoWriter
 from kalei_matd3_mamujoco import GraphedUpdate
 
 STATE, AGENTS, ACT, ENVS = 7, 3, 2, 4
@@ -232,7 +233,7 @@ def test_matd3_learns_the_same_with_graphs(sharing, device):
 
 def make_mappo(device, **flags):
     torch.manual_seed(0)
-    settings = dict(hidden_size=16, rollout_steps=6, num_epochs=2, num_minibatches=1, num_critics=2)
+    settings = dict(hidden_size=16, rollout_steps=6, num_epochs=2, num_minibatches=1)
     args = mappo.Args(clip=0.2, entropy_coef=0.01, lr=1e-3, **settings | flags)
     high = np.linspace(0.5, 1.5, AGENTS * ACT, dtype=np.float32).reshape(AGENTS, ACT)
     learner = mappo.Learner(STATE, -high, 2 * high, args, device)
@@ -251,7 +252,6 @@ def train_mappo(learner, rollout, device, wrap):
         logs = update()
         if number == 5:
             mappo.reset_actor(learner.actor, 0.5)
-            mappo.reset_critic(learner.critic, 1)
         obs = torch.randn(ENVS, AGENTS, STATE + AGENTS, device=device)
         acted = {"actions": learner.actor.act(obs, layers).detach()}
         trace.append({name: value.clone() for name, value in (logs | acted).items()})
@@ -303,7 +303,7 @@ def test_an_optimiser_keeps_the_options_of_its_own_device(make, script, tmp_path
     for optimizer in learner.optimizers:
         optimizer.step()
     envs = SimpleNamespace(get_state=dict, set_state=lambda state: None)
-    checkpoints.write_checkpoint(str(tmp_path), learner, envs, np.zeros(1), {"global_step": 0})
+    checkpoints.write_checkpoint(str(tmp_path), NoWriter(), learner, envs, np.zeros(1), (0, 0))
     checkpoint = checkpoints.read_checkpoint(str(tmp_path), script.Args)
     other, _ = make(torch.device("cpu"))
     for optimizer in other.optimizers:  # as it would be made on another device

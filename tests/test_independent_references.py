@@ -259,8 +259,7 @@ def mappo_learner(**changes):
         for name, parameter in itertools.chain(learner.actor.named_parameters(), learner.critic.named_parameters()):
             if not name.endswith("thresholds"):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-    for coefficient in (learner.actor_coefficient, learner.critic_coefficient):
-        coefficient.losses = coefficient.losses.double()
+    learner.actor_coefficient.losses = learner.actor_coefficient.losses.double()
     return learner
 
 

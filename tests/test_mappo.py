@@ -32,8 +32,7 @@ def make_learner():
         learner = script.Learner(STATE, *make_bounds(), script.Args(**settings), CPU)
         learner.actor.to(dtype)
         learner.critic.to(dtype)
-        for coefficient in (learner.actor_coefficient, learner.critic_coefficient):
-            coefficient.losses = coefficient.losses.to(dtype)
+        learner.actor_coefficient.losses = learner.actor_coefficient.losses.to(dtype)
         return learner
 
     return make
@@ -100,14 +99,14 @@ def test_a_cut_bootstraps_from_where_it_was_cut_and_a_termination_from_nothing(s
 
 
 def test_prepare_bootstraps_from_the_next_state_of_each_step(make_learner, make_rollout):
-    learner = make_learner(num_critics=3, ensemble_value="min")
+    learner = make_learner()
     rollout = make_rollout()
     critic = learner.critic
     critic.value_norm.update(torch.randn(100) * 5 + 20)
     with torch.no_grad():
         layers = critic.effective_layers()
         values, next_values = (
-            critic.value_norm.denormalise(critic(script.standardise(states).flatten(0, 1), layers)[..., 0].amin(0))
+            critic.value_norm.denormalise(critic(script.standardise(states).flatten(0, 1), layers)[0, :, 0])
             for states in (rollout.state, rollout.next_state)
         )
     ends = (rollout.terminated, rollout.truncated, 0.99, 0.95)
@@ -194,18 +193,18 @@ def test_surrogate_and_its_gradient_equal_a_plain_loop():
 
 def test_value_loss_equals_a_plain_loop():
     torch.manual_seed(0)
-    values, old = torch.randn(2, 3, 20, dtype=torch.float64)
-    returns, clip, delta = torch.randn(20, dtype=torch.float64) * 3, 0.2, 1.5
+    values, old, returns = torch.randn(3, 60, dtype=torch.float64)
+    returns, clip, delta = returns * 3, 0.2, 1.5
     ours = script.clipped_value_loss(values, old, returns, clip, delta)
 
     def huber(error):
         return error**2 / 2 if abs(error) <= delta else delta * (abs(error) - delta / 2)
 
-    for k in range(3):
-        for row in range(20):
-            value, before, target = values[k, row].item(), old[k, row].item(), returns[row].item()
-            clipped = before + min(max(value - before, -clip), clip)
-            assert ours[k, row].item() == pytest.approx(max(huber(target - value), huber(target - clipped)))
+    assert ours.shape == (60,)
+    for loss, *numbers in zip(ours.tolist(), values.tolist(), old.tolist(), returns.tolist(), strict=True):
+        value, before, target = numbers
+        clipped = before + min(max(value - before, -clip), clip)
+        assert loss == pytest.approx(max(huber(target - value), huber(target - clipped)))
 
 
 # ---- policies ----
@@ -246,8 +245,8 @@ def test_samples_follow_the_policy_and_are_clipped_and_scaled_on_their_way_out(m
     torch.testing.assert_close(actor.to_bounds(samples[:9]), torch.clip(samples[:9], -1, 1) * actor.high)
 
 
-def test_networks_start_orthogonal_and_a_few_percent_masked_in_every_layer():
-    args = script.Args(num_critics=5, critic_threshold_scale=5.0, critic_threshold_bias=4.0)
+def test_networks_start_orthogonal_and_the_actor_a_few_percent_masked_in_every_layer():
+    args = script.Args()
     torch.manual_seed(0)
     high = np.ones((17, 1), np.float32)
     actor, critic = script.Actor(393, -high, high, args), script.Critic(376, args)
@@ -256,7 +255,7 @@ def test_networks_start_orthogonal_and_a_few_percent_masked_in_every_layer():
             weight = layer.weight if layer.weight.shape[0] <= layer.weight.shape[1] else layer.weight.mT
             torch.testing.assert_close(weight @ weight.mT, gain**2 * torch.eye(len(weight)), rtol=0, atol=1e-5)
             assert (layer.bias == 0).all()
-        assert ((sparsity(network) > 0.01) & (sparsity(network) < 0.08)).all(), sparsity(network)
+    assert ((sparsity(actor) > 0.01) & (sparsity(actor) < 0.08)).all(), sparsity(actor)
 
 
 # ---- sharing ----
@@ -336,24 +335,30 @@ def test_kaleidoscope_gradients_reach_own_thresholds_and_the_shared_weights(make
             assert (parameter.grad != 0).any(), name
 
 
-def test_a_single_critic_has_no_mask(make_learner):
-    critic = make_learner(num_critics=1).critic
-    for layer in critic.layers:
-        assert torch.equal(layer.effective()[0][0], layer.weight)
-    assert mask_difference(make_learner(num_critics=3, sharing="full").critic) > 0, "sharing is the actor's"
+@pytest.mark.parametrize("sharing", ["kaleidoscope", "full", "none"])
+def test_the_critic_has_no_mask(sharing, make_learner, make_rollout):
+    learner = make_learner(sharing=sharing)
+    critic = learner.critic
+    for _ in range(2):
+        for layer in critic.layers:
+            assert torch.equal(layer.effective()[0], layer.weight[None])
+        values = critic(torch.randn(5, STATE), critic.effective_layers())
+        assert values.shape == (1, 5, 1)
+        learner.update(make_rollout())
 
 
 # ---- whole updates ----
 @pytest.mark.parametrize("sharing", ["kaleidoscope", "full", "none"])
 def test_updates_move_all_that_can_move(sharing, make_learner, make_rollout):
-    learner = make_learner(sharing=sharing, num_critics=3, output_gain=1.0)
+    learner = make_learner(sharing=sharing, output_gain=1.0)
     networks = {"actor": learner.actor, "critic": learner.critic}
     before = {(net, name): p.clone() for net, network in networks.items() for name, p in network.named_parameters()}
     logs = learner.update(make_rollout())
     assert all(torch.isfinite(value) and not value.requires_grad for value in logs.values())
     for (net, name), old in before.items():
         moved = not torch.equal(networks[net].get_parameter(name), old)
-        assert moved == (sharing == "kaleidoscope" or net == "critic" or not name.endswith("thresholds")), name
+        has_masks = sharing == "kaleidoscope" and net == "actor"
+        assert moved == (has_masks or not name.endswith("thresholds")), (net, name)
 
 
 def test_the_first_ratio_is_one(make_learner, make_rollout):
@@ -389,20 +394,25 @@ def test_an_actor_step_equals_the_equations(make_learner, make_rollout):
         torch.testing.assert_close(parameter.detach(), expected[name], rtol=1e-5, atol=1e-7, msg=name)
 
 
-def single_learner(actor, agent):
-    """An agent of a learner without sharing as one on its own: torch.nn's modules in float64, and its log_std."""
+def plain_network(network, agent=None):
+    """The critic, or an agent's network in an actor without sharing, of torch.nn's modules in float64."""
     modules = []
-    for index, (norm, layer) in enumerate(zip(actor.norms, actor.layers, strict=True)):
-        outputs, inputs = layer.weight.shape[1:]
-        # observations are standardised, and a LayerNorm without epsilon leaves them so
+    for index, (norm, layer) in enumerate(zip(network.norms, network.layers, strict=True)):
+        outputs, inputs = layer.weight.shape[-2:]
+        # inputs are standardised, and a LayerNorm without epsilon leaves them so
         scale, linear = nn.LayerNorm(inputs, eps=1e-5 if index else 0.0).double(), nn.Linear(inputs, outputs).double()
         modules += [*([nn.ReLU()] if index else []), scale, linear]
+        own = slice(None) if agent is None else agent
         with torch.no_grad():
-            scale.weight.copy_(norm.weight[agent, 0])
-            scale.bias.copy_(norm.bias[agent, 0])
-            linear.weight.copy_(layer.weight[agent])
-            linear.bias.copy_(layer.bias[agent, 0])
-    return nn.Sequential(*modules), nn.Parameter(actor.log_std.detach()[agent, 0].clone())
+            for ours, theirs in ((norm, scale), (layer, linear)):
+                theirs.weight.copy_(ours.weight[own].view_as(theirs.weight))
+                theirs.bias.copy_(ours.bias[own].view_as(theirs.bias))
+    return nn.Sequential(*modules)
+
+
+def single_learner(actor, agent):
+    """An agent of a learner without sharing as one on its own: its network and its log_std."""
+    return plain_network(actor, agent), nn.Parameter(actor.log_std.detach()[agent, 0].clone())
 
 
 @pytest.mark.parametrize("num_agents", [1, 2, 17])
@@ -452,29 +462,35 @@ def test_without_sharing_an_update_equals_that_of_single_learners(num_agents):
     )
 
 
-def test_a_critic_step_equals_a_loop_over_members(make_learner, make_rollout):
-    """Loss and gradients, without the diversity loss, are those of one member after the other."""
-    learner = make_learner(torch.float64, num_critics=3, critic_diversity_coef=0.0, max_grad_norm=1e9)
+def test_a_critic_step_equals_that_of_a_network_of_torchs(make_learner, make_rollout):
+    """Loss, gradients and Adam's first step, of a network that holds LayerNorms and Linears."""
+    learner = make_learner(torch.float64, max_grad_norm=1e9)
     batch, _ = learner.prepare(make_rollout(dtype=torch.float64))
     critic, args = learner.critic, learner.args
     rows = torch.randperm(24)[:10]
     with torch.no_grad():  # so that a value's change since `prepare` counts
         critic.layers[-1].bias += 0.15
-    loss = 0.0
-    for k in range(3):
-        values = critic(batch.state[rows], critic.effective_layers())[k, :, 0]
-        before, returns = batch.values[k, rows], batch.returns[rows]
-        loss += script.clipped_value_loss(values[None], before[None], returns, args.clip, args.huber_delta).mean()
-    names, parameters = zip(*critic.named_parameters(), strict=True)
-    expected = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+    plain = plain_network(critic)
+    values, before, returns = plain(batch.state[rows])[:, 0], batch.values[rows], batch.returns[rows]
+    near = before + torch.clamp(values - before, -args.clip, args.clip)
+    errors = [F.huber_loss(x, returns, reduction="none", delta=args.huber_delta) for x in (values, near)]
+    loss = torch.max(*errors).mean()
+    assert (errors[0] > errors[1]).any() and (errors[0] < errors[1]).any(), "clipped and not"
+    adam = torch.optim.Adam(plain.parameters(), lr=args.lr, eps=1e-5)
+    loss.backward()
+    gradients = [parameter.grad.clone() for parameter in plain.parameters()]
+    adam.step()
     logs = learner.update_critic(batch, rows)
     assert logs["losses/value"].item() == pytest.approx(loss.item())
-    for name, parameter in critic.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[name], msg=name)
+    ours = [part for pair in zip(critic.norms, critic.layers, strict=True) for part in pair]
+    ours = [getattr(part, name) for part in ours for name in ("weight", "bias")]
+    for parameter, gradient, theirs in zip(ours, gradients, plain.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, gradient.view_as(parameter), rtol=1e-8, atol=1e-12)
+        torch.testing.assert_close(parameter, theirs.view_as(parameter), rtol=1e-8, atol=1e-12)
 
 
-def test_a_pass_shows_every_step_once_to_agents_and_critics(make_learner, make_rollout, monkeypatch):
-    learner = make_learner(num_critics=3, num_minibatches=5)
+def test_a_pass_shows_every_step_once_to_actor_and_critic(make_learner, make_rollout, monkeypatch):
+    learner = make_learner(num_minibatches=5)
     seen = {"actor": [], "critic": []}
 
     def watch(name, update):

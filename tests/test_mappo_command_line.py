@@ -1,15 +1,14 @@
 """kalei_mappo_mamujoco.py as a user runs it: training to a saved model and TensorBoard files, and mistakes."""
 
 import math
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from run_scripts import curves, one_line, run_main, run_process, scalars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import kalei_mappo_mamujoco as script
@@ -18,39 +17,23 @@ from experiment import checkpoints, saved_models
 SCRIPT = Path(script.__file__)
 # rollouts of 40 steps: crosses time limits in mid-rollout, both resets and two evaluations
 TINY = "--device cpu --total-timesteps 630 --num-envs 4 --rollout-steps 10 --num-epochs 2 --num-minibatches 2"
-TINY += " --hidden-size 32 --num-critics 3 --eval-interval 300 --eval-episodes 3 --episode-limit 17 --log-interval 100"
-TINY += " --actor-reset-interval 150 --critic-reset-interval 100 --actor-threshold-bias 0 --save-model"
+TINY += " --hidden-size 32 --eval-interval 300 --eval-episodes 3 --episode-limit 17 --log-interval 100"
+TINY += " --actor-reset-interval 150 --actor-threshold-bias 0 --save-model --num-threads 1"
 TINY += " --checkpoint-interval 300"
 TINY = TINY.split()
 METRICS = {
     "charts": "eval_return eval_return_std eval_length episodic_return episodic_length SPS updates unstable_episodes"
     " checkpoint_seconds",
-    "losses": "policy value entropy approx_kl clipfrac explained_variance actor_diversity critic_diversity",
-    "coefficients": "actor critic",
+    "losses": "policy value entropy approx_kl clipfrac explained_variance actor_diversity",
+    "coefficients": "actor",
     "values": "value",
     "masks": " ".join(
         f"{network}_{what}"
         for network in ("actor", "critic")
         for what in ("difference", *(f"sparsity_layer{layer}" for layer in range(1, 5)))
     ),
-    "resets": "actor_weights critic_member",
+    "resets": "actor_weights",
 }
-
-TIMES = ("charts/SPS", "charts/checkpoint_seconds")  # what differs from run to run
-
-
-def run(*arguments, cwd):
-    """The script in a process of its own, on one thread, as (exit code, stdout, stderr)."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TERM": "dumb", "COLUMNS": "100"}
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
-    return done.returncode, done.stdout, done.stderr
-
-
-def scalars(run_folder):
-    """{tag: [(step, value), ...]} of a run's event files."""
-    events = EventAccumulator(str(run_folder), size_guidance={"scalars": 0, "tensors": 0}).Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 RUNS = [
@@ -67,7 +50,7 @@ def trained(request, tmp_path_factory):
     """(env id, sharing, run folder, what it printed) of a tiny run."""
     folder = tmp_path_factory.mktemp("run")
     env_id, sharing = request.param
-    code, out, err = run("--env-id", env_id, "--sharing", sharing, *TINY, cwd=folder)
+    code, out, err = run_main(script, "--env-id", env_id, "--sharing", sharing, *TINY, cwd=folder)
     assert code == 0, err
     (run_folder,) = (folder / "runs").iterdir()
     return env_id, sharing, run_folder, out + err
@@ -78,22 +61,21 @@ def test_a_run_logs_all_there_is(trained):
     assert re.fullmatch(re.escape(env_id.replace("|", "_")) + r"__kalei_mappo_mamujoco__1__\d+", folder.name)
     tags = scalars(folder)
     expected = {f"{group}/{name}" for group, names in METRICS.items() for name in names.split()}
-    masked_networks = ("actor", "critic") if sharing == "kaleidoscope" else ("critic",)
-    kept = {f"masks/{network}_kept_by_{who}" for network in masked_networks for who in ("none", "all")}
+    masked = sharing == "kaleidoscope"
+    kept = {"masks/actor_kept_by_none", "masks/actor_kept_by_all"} if masked else set()
     assert set(tags) == expected | kept
-    assert set(EventAccumulator(str(folder)).Reload().Tags()["images"]) == {f"masks/{name}" for name in masked_networks}
+    assert EventAccumulator(str(folder)).Reload().Tags()["images"] == ["masks/actor"] * masked
     assert all(math.isfinite(value) for series in tags.values() for _, value in series)
     # rollouts of 40 steps, the last one whole: 630 is rounded up to 640
     assert [step for step, _ in tags["charts/eval_return"]] == [320, 600, 640]
     assert tags["charts/updates"] == [(step, step / 10) for step in (120, 200, 320, 400, 520, 600)]
-    # intervals of 150 and 100, as long as more than one of them is left before 630
+    # an interval of 150, as long as more than one is left before 630
     assert [step for step, _ in tags["resets/actor_weights"]] == [160, 320]
-    assert tags["resets/critic_member"] == [(120, 0), (200, 1), (320, 2), (400, 0), (520, 1)]
-    masked = sharing == "kaleidoscope"
     assert all((value > 0) == masked for _, value in tags["resets/actor_weights"])
     assert all((value > 0) == masked for _, value in tags["masks/actor_difference"])
     assert all((value < 0) == masked for _, value in tags["losses/actor_diversity"])
-    assert all(value > 0 for _, value in tags["masks/critic_difference"])
+    for tag in ("masks/critic_difference", *(f"masks/critic_sparsity_layer{layer}" for layer in range(1, 5))):
+        assert all(value == 0 for _, value in tags[tag]), tag
     assert f"sharing {sharing}, rollout_steps 10" in printed
     assert "640/640" in printed and "SPS=" in printed and "eval=" in printed
 
@@ -108,9 +90,11 @@ def test_hyperparameters_are_logged_as_resolved(trained):
     assert len(re.findall(r"^\|\w+\|.*\|$", table, re.M)) == 1 + len(script.Args.__dataclass_fields__)
 
 
-def test_a_saved_model_evaluates_in_a_fresh_process(trained, tmp_path):
+def test_a_saved_model_evaluates_as_it_did_in_training(trained, tmp_path):
     env_id, _, folder, _ = trained
-    code, out, err = run("--evaluate", folder / "model.pt", "--eval-episodes", 3, "--device", "cpu", cwd=tmp_path)
+    run = run_process if env_id == "Ant-v2-4x2" else run_main  # one will do
+    flags = ["--eval-episodes", 3, "--device", "cpu"]
+    code, out, err = run(script, "--evaluate", folder / "model.pt", *flags, cwd=tmp_path)
     assert code == 0, err
     mean, std = scalars(folder)["charts/eval_return"][-1][1], scalars(folder)["charts/eval_return_std"][-1][1]
     expected = f"{env_id}: return {mean:.1f} +- {std:.1f} (std), length "
@@ -121,14 +105,15 @@ def test_a_saved_model_evaluates_in_a_fresh_process(trained, tmp_path):
 @pytest.mark.parametrize("sharing", ["kaleidoscope", "none"])
 def test_the_same_seed_gives_the_same_weights_bit_for_bit(sharing, tmp_path):
     models, logs = [], []
-    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+    for name, seed, run in (("a", 3, run_main), ("b", 3, run_process), ("c", 4, run_main)):
         cwd = tmp_path / name
         cwd.mkdir()
-        code, _, err = run("--env-id", "HalfCheetah-v2-2x3", "--sharing", sharing, *TINY, "--seed", seed, cwd=cwd)
+        flags = ["--env-id", "HalfCheetah-v2-2x3", "--sharing", sharing, *TINY, "--seed", seed]
+        code, _, err = run(script, *flags, cwd=cwd)
         assert code == 0, err
         (folder,) = (cwd / "runs").iterdir()
         models.append(torch.load(folder / "model.pt", weights_only=True))
-        logs.append({tag: series for tag, series in scalars(folder).items() if tag not in TIMES})
+        logs.append(curves(folder))
     for network in ("actor", "critic"):
         for key, value in models[0][network].items():
             assert torch.equal(value, models[1][network][key]), key
@@ -137,14 +122,15 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit(sharing, tmp_path):
     assert logs[0] == logs[1] != logs[2]
 
 
-def test_a_single_critic_is_not_reset_and_learning_rates_fall(tmp_path):
-    flags = ["--num-critics", 1, "--lr-decay", "True", "--entropy-coef", 0.01]
-    code, _, err = run("--env-id", "Hopper-v2-3x1", *TINY, *flags, cwd=tmp_path)
+@pytest.mark.parametrize("decay", [True, False])
+def test_learning_rates_fall_where_they_are_to_fall(decay, tmp_path, monkeypatch):
+    factors = []
+    monkeypatch.setattr(script.Learner, "scale_learning_rates", lambda learner, factor: factors.append(factor))
+    flags = ["--eval-episodes", 0, "--total-timesteps", 150, "--lr-decay", decay]
+    code, _, err = run_main(script, "--env-id", "Hopper-v2-3x1", *TINY, *flags, cwd=tmp_path)
     assert code == 0, err
-    (folder,) = (tmp_path / "runs").iterdir()
-    tags = scalars(folder)
-    assert "resets/critic_member" not in tags and "resets/actor_weights" in tags
-    assert tags["masks/critic_difference"][-1][1] == tags["masks/critic_sparsity_layer4"][-1][1] == 0
+    expected = [1 - step / 150 for step in (0, 40, 80, 120)] if decay else []
+    assert factors == pytest.approx(expected)
 
 
 MISTAKES = {
@@ -156,7 +142,7 @@ MISTAKES = {
     "--rollout-steps 0": "--rollout-steps is 0",
     "--num-minibatches 0": "--num-minibatches is 0",
     "--num-minibatches 9 --num-envs 4 --rollout-steps 2": "8 steps of a rollout",
-    "--num-critics 0": "--num-critics is 0",
+    "--history-length 0": "--history-length is 0",
     "--evaluate no/such/model.pt": "no/such/model.pt",
     "--resume no/such/run": "no/such/run",
 }
@@ -167,14 +153,10 @@ TYROS = {
     "junk": "junk",
     "--device tpu": "tpu",
     "--sharing some": "some",
-    "--ensemble-value max": "max",
+    "--num-critics 5": "--num-critics",
     "--lr-decay maybe": "maybe",
     "--layer-weights 1 2 4": "--layer-weights",
 }
-
-
-def one_line(err):
-    return len(err.splitlines()) == 1 and err.startswith("error: ")
 
 
 @pytest.mark.parametrize("arguments", [*MISTAKES, *TYROS])
@@ -192,8 +174,8 @@ def test_mistakes_end_with_exit_code_2_before_anything_is_made(arguments, capsys
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_cuda_where_there_is_none_in_a_process_of_its_own(tmp_path):
-    code, out, err = run("--device", "cuda", cwd=tmp_path)
+def test_cuda_where_there_is_none(tmp_path):
+    code, out, err = run_main(script, "--device", "cuda", cwd=tmp_path)
     assert code == 2 and one_line(err) and "--device is cuda" in err and not out
     assert not list(tmp_path.iterdir())
 
@@ -213,10 +195,10 @@ def test_evaluating_what_is_not_a_model(content, tmp_path, capsys, monkeypatch):
     elif content == "of the other script":
         checkpoints.write(path, {"actor": {}, "critic": {}, "args": {"n_step": 5}, "global_step": 0})
     elif content == "truncated":
-        saved_models.save_model(str(path), make_learner(), 0)
+        saved_models.save_model(str(tmp_path), make_learner(), 0)
         path.write_bytes(path.read_bytes()[:-1000])
     elif content == "a flipped bit":
-        saved_models.save_model(str(path), make_learner(), 0)
+        saved_models.save_model(str(tmp_path), make_learner(), 0)
         whole = path.read_bytes()
         path.write_bytes(whole[:9000] + bytes([whole[9000] ^ 1]) + whole[9001:])
     else:
@@ -234,7 +216,7 @@ def test_evaluating_what_is_not_a_model(content, tmp_path, capsys, monkeypatch):
 def test_a_saved_actor_loads_as_it_was_and_not_on_another_task(sharing, tmp_path, capsys):
     path = str(tmp_path / "model.pt")
     learner = make_learner(env_id="Hopper-v2-3x1", sharing=sharing)
-    saved_models.save_model(path, learner, 0)
+    saved_models.save_model(str(tmp_path), learner, 0)
     actor, args = saved_models.load_actor(path, None, torch.device("cpu"), script.Actor, script.Args)
     assert args.env_id == "Hopper-v2-3x1" and args.sharing == sharing
     for name, value in learner.actor.state_dict().items():
@@ -273,13 +255,13 @@ def test_help_explains_every_flag(capsys):
 
 def test_partial_observations_train_resume_and_evaluate(tmp_path):
     flags = ("--env-id", "HalfCheetah-v5-6x1", "--agent-obsk", 1)
-    code, out, err = run(*flags, *TINY, cwd=tmp_path)
+    code, out, err = run_main(script, *flags, *TINY, cwd=tmp_path)
     assert code == 0, err
     assert "observations of 15 numbers" in out, "9 of the state and an id of 6"
     (folder,) = (tmp_path / "runs").iterdir()
-    code, out, err = run("--resume", folder, "--total-timesteps", 700, cwd=tmp_path)
+    code, out, err = run_main(script, "--resume", folder, "--total-timesteps", 700, cwd=tmp_path)
     assert code == 0, err
-    code, out, err = run("--evaluate", folder / "model.pt", "--eval-episodes", 2, cwd=tmp_path)
+    code, out, err = run_main(script, "--evaluate", folder / "model.pt", "--eval-episodes", 2, cwd=tmp_path)
     assert code == 0 and out.startswith("HalfCheetah-v5-6x1: return "), err
-    code, out, err = run("--resume", folder, "--agent-obsk", 2, "--total-timesteps", 800, cwd=tmp_path)
+    code, out, err = run_main(script, "--resume", folder, "--agent-obsk", 2, "--total-timesteps", 800, cwd=tmp_path)
     assert code == 2 and one_line(err) and "--agent-obsk is 2, expected 1" in err

@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 import kalei_mappo_mamujoco as mappo
+import kalei_matd3_mamujoco as matd3
 from benchmark import masks as script
 from experiment import mask_pictures
 from experiment.checkpoints import write
@@ -33,15 +34,18 @@ def network(masks=5, sizes=((9, 6), (6, 3), (3, 1)), bias=0.0, own=False):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A function that returns the file of a tiny saved MAPPO model."""
+    """A function that returns the file of a tiny saved model."""
 
-    def make(**flags):
+    def make(algorithm=mappo, **flags):
         torch.manual_seed(0)
-        args = mappo.Args(hidden_size=8, lr=1e-3, actor_threshold_bias=1.0, **flags)
-        high = np.ones((3, 2), np.float32)
-        path = tmp_path_factory.mktemp("model") / "model.pt"
-        save_model(path, mappo.Learner(5, -high, high, args, torch.device("cpu")), 0)
-        return path
+        args = algorithm.Args(hidden_size=8, actor_threshold_bias=1.0, **flags)
+        if algorithm is mappo:
+            args.lr = 1e-3
+        else:
+            args.policy_freq, args.num_critics = 2, 4
+        high, folder = np.ones((3, 2), np.float32), tmp_path_factory.mktemp("model")
+        save_model(folder, algorithm.Learner(5, -high, high, args, torch.device("cpu")), 0)
+        return folder / "model.pt"
 
     return make
 
@@ -183,8 +187,7 @@ def test_matplotlib_waits_for_the_first_picture_and_pyplot_stays_out():
 def test_log_masks_writes_picture_histograms_and_shares(tmp_path):
     net, state = network(4), torch.get_rng_state()
     with SummaryWriter(tmp_path) as writer:
-        for name in ("actor", "critic"):
-            mask_pictures.log_masks(writer, name, net, 7)
+        mask_pictures.log_masks(writer, SimpleNamespace(actor=net, critic=net), 7)
     assert torch.equal(state, torch.get_rng_state())
     events = EventAccumulator(str(tmp_path), size_guidance={"images": 0, "histograms": 0, "scalars": 0}).Reload()
     layers = [f"layer{i}_{what}" for i in (1, 2, 3) for what in ("thresholds", "weights")]
@@ -207,24 +210,26 @@ def test_log_masks_writes_picture_histograms_and_shares(tmp_path):
 @pytest.mark.parametrize("own", [False, True])
 def test_a_network_without_masks_writes_nothing(own):
     writer = SimpleNamespace()  # whatever is called on it fails
-    mask_pictures.log_masks(writer, "actor", network(bias=mappo.UNMASKED, own=own), 0)
+    net = network(bias=mappo.UNMASKED, own=own)
+    mask_pictures.log_masks(writer, SimpleNamespace(actor=net, critic=net), 0)
 
 
 # ---- benchmark/masks.py ----
 def test_script_prints_a_table_and_writes_pictures(run, models, tmp_path):
-    code, out, err = run(models(num_critics=2), "--out", "pictures", "--scale", 2)
+    code, out, err = run(models(matd3), "--out", "pictures", "--scale", 2)
     assert (code, err) == (0, "")
-    table, paths = [line.split() for line in out.splitlines()[1:9]], out.splitlines()[9:]
-    assert [row[:2] for row in table] == [[name, str(i)] for name in ("actor", "critic") for i in range(1, 5)]
-    assert [row[3] for row in table] == ["8x8", "8x8", "8x8", "2x8", "8x5", "8x8", "8x8", "1x8"]
+    table, paths = [line.split() for line in out.splitlines()[1:7]], out.splitlines()[7:]
+    layers = [[name, str(i), masks] for name, masks in (("actor", "3"), ("critic", "4")) for i in range(1, 4)]
+    assert [row[:3] for row in table] == layers
+    assert [row[3] for row in table] == ["8x8", "8x8", "2x8", "8x11", "8x8", "1x8"]
     assert paths == ["pictures_actor.png", "pictures_critic.png"]
     for path in paths:
-        assert Image.open(tmp_path / path).size == (2 * 1116, 2 * 1386)
+        assert Image.open(tmp_path / path).size == (2 * 1116, 2 * 1062)
 
 
 def test_table_agrees_with_the_network(models, make_learner, tmp_path):
     learner = make_learner()
-    save_model(tmp_path / "model.pt", learner, 0)
+    save_model(tmp_path, learner, 0)
     for name, saved in script.read_networks(tmp_path / "model.pt").items():
         net = getattr(learner, name)
         table = list(script.table_rows(name, saved))
@@ -235,7 +240,7 @@ def test_table_agrees_with_the_network(models, make_learner, tmp_path):
 
 
 def test_script_draws_no_picture_of_a_network_without_masks(run, models, tmp_path):
-    code, out, _ = run(models())  # a single critic
+    code, out, _ = run(models())  # of MAPPO, whose critic has none
     assert code == 0 and "critic: no masks, no picture" in out
     assert [path.name for path in tmp_path.iterdir()] == ["masks_actor.png"]
 

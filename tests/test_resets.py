@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import kalei_matd3_mamujoco as script
+from experiment.run_folder import reached
 
 
 def snapshot(learner):
@@ -106,8 +107,8 @@ def test_resets_are_due_while_more_than_one_interval_is_left():
 
 def test_a_round_that_passes_a_multiple_reaches_it_once():
     steps = range(0, 10_000, 700)
-    assert sum(script.reached(1000, a, b) for a, b in zip(steps, steps[1:], strict=False)) == steps[-1] // 1000
-    assert not script.reached(0, 0, 10_000)
+    assert sum(reached(1000, a, b) for a, b in zip(steps, steps[1:], strict=False)) == steps[-1] // 1000
+    assert not reached(0, 0, 10_000)
 
 
 def test_critic_members_take_turns():

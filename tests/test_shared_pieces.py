@@ -10,19 +10,17 @@ import kalei_matd3_mamujoco as matd3
 
 SHARED = [
     "MaskedLinear",
+    "masked_linear",
     "PairwiseMaskDifference",
     "diversity_loss",
     "AdaptiveCoefficient",
-    "reached",
     "reset_due",
     "reset_actor",
-    "member_to_reset",
-    "reset_critic",
     "GraphedUpdate",
     "make_env",
     "evaluate",
 ]
-OWN_DEFAULTS = {"num_envs", "hidden_size", "actor_threshold_bias", "num_critics", "layer_weights"}
+OWN_DEFAULTS = {"num_envs", "hidden_size", "actor_threshold_bias", "layer_weights"}
 
 
 @pytest.mark.parametrize("name", SHARED)

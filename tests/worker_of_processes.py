@@ -18,23 +18,21 @@ MATD3 += " --train-interval 10 --updates-per-round 4 --hidden-size 32 --eval-int
 MATD3 += " --episode-limit 30 --log-interval 100 --actor-reset-interval 150 --critic-reset-interval 100"
 MATD3 += " --actor-threshold-bias 0 --save-model --num-threads 1"
 MAPPO = "--env-id HalfCheetah-v2-2x3 --device cpu --total-timesteps 640 --num-envs 2 --rollout-steps 10 --num-epochs 2"
-MAPPO += (
-    " --num-minibatches 2 --hidden-size 32 --num-critics 3 --eval-interval 300 --eval-episodes 2 --episode-limit 17"
-)
-MAPPO += " --log-interval 100 --actor-reset-interval 150 --critic-reset-interval 100 --actor-threshold-bias 0"
+MAPPO += " --num-minibatches 2 --hidden-size 32 --eval-interval 300 --eval-episodes 2 --episode-limit 17"
+MAPPO += " --log-interval 100 --actor-reset-interval 150 --actor-threshold-bias 0"
 MAPPO += " --save-model --num-threads 1"
 
 
 def make(script, **settings):
     """A small Learner, the same in all processes, in float64."""
     torch.manual_seed(0)
-    settings = dict(hidden_size=16, num_critics=3, history_length=3, actor_threshold_bias=1.0) | settings
+    settings = dict(hidden_size=16, history_length=3, actor_threshold_bias=1.0) | settings
     learner = script.Learner(STATE, -HIGH, HIGH, script.Args(**settings), torch.device("cpu"))
     return learner.double()
 
 
 def matd3_learner():
-    return make(matd3, policy_freq=2, n_step=3, policy_noise=0.0)
+    return make(matd3, num_critics=3, policy_freq=2, n_step=3, policy_noise=0.0)
 
 
 def mappo_learner():

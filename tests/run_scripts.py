@@ -1,0 +1,76 @@
+"""Runs of the scripts as a user makes them, in this process or in one of their own, and what they leave behind."""
+
+import contextlib
+import io
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMES = ("charts/SPS", "charts/checkpoint_seconds")  # what differs from run to run
+# event files of one second and process are read in the order of this number as text, which 9 and 10 would spoil
+event_file_writer._global_uid = event_file_writer.AtomicCounter(1000)
+
+
+class SignalInBlock:
+    """Stands in for StopSignals, without handlers: as if SIGTERM came in block number `block`."""
+
+    def __init__(self, block):
+        self.block, self.seen = block, 0
+
+    @property
+    def received(self):
+        self.seen += 1  # the loop asks once a block
+        return signal.SIGTERM if self.seen >= self.block else None
+
+    def exit(self):
+        sys.exit(128 + signal.SIGTERM)
+
+
+def run_main(script, *flags, cwd, block=math.inf):
+    """(exit code, stdout, stderr) of main() in this process, up to a signal in `block`. It starts faster by seconds."""
+    code, out, err = 0, io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", [script.__file__, *map(str, flags)])
+        patch.setattr(script, "StopSignals", lambda: SignalInBlock(block))
+        try:
+            script.main()
+        except SystemExit as end:
+            code = end.code
+    return code, out.getvalue(), err.getvalue()
+
+
+def environment(**changes):
+    """Of a process of its own: one thread, and our modules to import from anywhere."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)} | changes
+
+
+def run_process(script, *flags, cwd, **changes):
+    """(exit code, stdout, stderr) of the script, a module or a path, in a process of its own."""
+    command = [sys.executable, str(getattr(script, "__file__", script)), *map(str, flags)]
+    variables = environment(TERM="dumb", COLUMNS="100", **changes)
+    done = subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout, done.stderr
+
+
+def one_line(err):
+    return len(err.splitlines()) == 1 and err.startswith("error: ")
+
+
+def scalars(run_folder):
+    """{tag: [(step, value), ...]} of all event files of a run."""
+    events = EventAccumulator(str(run_folder), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def curves(run_folder):
+    """The scalars without those that measure time."""
+    return {tag: series for tag, series in scalars(run_folder).items() if tag not in TIMES}
