@@ -120,7 +120,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(case, tmp_path):
 
     if block is None:
         command = [sys.executable, "-c", KILLED.format(name=script.__name__), *FLAGS[script].split(), *flags]
-        done = subprocess.run(command, cwd=tmp_path / "interrupted", env=environment(), capture_output=True, timeout=60)
+        done = subprocess.run(command, cwd=tmp_path / "interrupted", env=environment(), capture_output=True)
         assert done.returncode == -signal.SIGKILL, done.stderr.decode()
         (folder,) = (tmp_path / "interrupted" / "runs").iterdir()
         assert read(folder)["counters"][0] == 320
@@ -169,7 +169,7 @@ def process(script, folder, *flags):
 
 
 def wait_until(condition, child):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not condition():
         assert child.poll() is None, "it ended by itself"
         assert time.monotonic() < deadline, "it takes too long"
@@ -190,7 +190,7 @@ def test_a_signal_ends_in_a_checkpoint_from_which_the_run_goes_on(name, number, 
         (folder,) = (tmp_path / "runs").iterdir()
         assert not (folder / "checkpoint.pt").exists()
         child.send_signal(number)
-        assert child.wait(60) == 128 + number
+        assert child.wait(300) == 128 + number
     (warning,) = warnings_in((tmp_path / "err").read_text())
     assert number.name in warning
     checkpoint = read(folder)
@@ -206,7 +206,7 @@ def test_a_signal_ends_in_a_checkpoint_from_which_the_run_goes_on(name, number, 
 def test_a_signal_without_checkpoints(tmp_path):
     with process(matd3, tmp_path, "--checkpoint-interval", "0") as child:
         child.send_signal(signal.SIGTERM)
-        assert child.wait(60) == 143
+        assert child.wait(300) == 143
     assert len(warnings_in((tmp_path / "err").read_text())) == 1
     assert not list(tmp_path.glob("runs/*/checkpoint*"))
 
@@ -219,10 +219,11 @@ def test_a_second_signal_does_not_wait_for_the_end_of_the_block(tmp_path):
         time.sleep(0.2)
         assert child.poll() is None, "the first signal must let the block end"
         child.send_signal(signal.SIGTERM)
-        assert child.wait(10) in (-signal.SIGTERM, 143)
+        assert child.wait(300) in (-signal.SIGTERM, 143)
 
 
 # ---- Writing ----
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 def test_a_kill_at_any_time_leaves_a_whole_file_and_never_an_older_one(tmp_path):
     path, torn = tmp_path / "checkpoint.pt", 0
@@ -301,7 +302,6 @@ def copied(stopped, tmp_path):
 
 def test_a_run_goes_on_where_there_is_no_room_for_its_checkpoints(copied, tmp_path, capsys, monkeypatch):
     script, folder = copied
-    monkeypatch.setattr(script, "log_masks", lambda *arguments: None)  # pictures are larger than a checkpoint here
     before = (folder / "checkpoint.pt").read_bytes()
     with files_of_at_most(30_000):  # events still fit
         code, _ = train(script, tmp_path, "--resume", folder)
@@ -338,7 +338,7 @@ def test_scalars_are_written_again_a_minute_after_their_folder_was_gone(tmp_path
     writer.add_scalar("x", 0.0, 0)
     writer.flush()
     shutil.rmtree(folder)
-    deadline = time.time() + 10
+    deadline = time.time() + 60
     while "warning" not in (err := capsys.readouterr().err):  # it is a thread that finds out
         assert time.time() < deadline
         writer.add_scalar("x", 1.0, 1)

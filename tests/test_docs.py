@@ -65,6 +65,9 @@ ALL_COMMANDS = [(page, *command) for page in PAGES for command in commands_of(pa
 
 
 # ---- Understanding a command ----
+MADE = set()  # env ids of which an environment could be made
+
+
 def parse_flags_of(script, arguments):
     """Through the script's own reading of its command line, but for runs and models that the reader is yet to make."""
     arguments = list(arguments)
@@ -73,7 +76,11 @@ def parse_flags_of(script, arguments):
             place = arguments.index(flag)
             del arguments[place : place + 2]
             arguments = [word for word in arguments if word != "--render"]  # wants --evaluate
-    return importlib.import_module(Path(script).stem).parse_args(arguments)
+    module = importlib.import_module(Path(script).stem)
+    args, _ = module.parse_args(arguments)
+    if args.env_id is not None and args.env_id not in MADE:
+        module.make_env(args, 1, 1).close()
+        MADE.add(args.env_id)
 
 
 def parse_options_of(script, arguments):

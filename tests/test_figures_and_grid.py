@@ -417,7 +417,7 @@ def test_a_signal_goes_on_to_the_runs_once(number, code, run_grid, in_folder):
     locked = []
 
     def stop():
-        end = time.monotonic() + 30
+        end = time.monotonic() + 120
         while len(calls(in_folder)) < 2 and time.monotonic() < end:
             time.sleep(0.05)
         with open("runs/grid_logs/A__x__1.log") as log:
@@ -467,11 +467,11 @@ def test_the_array_job_stops_in_time_and_is_queued_again(run_grid, in_folder):
     environment = os.environ | {"PATH": f"{in_folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "77"}
     streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     job = subprocess.Popen(["bash", "job.sh"], env=environment | {"SLURM_ARRAY_TASK_ID": "3"}, **streams)
-    end = time.monotonic() + 60
+    end = time.monotonic() + 120
     while not calls(in_folder) and time.monotonic() < end and job.poll() is None:
         time.sleep(0.05)
     job.send_signal(signal.SIGUSR1)
-    out, _ = job.communicate(timeout=30)
+    out, _ = job.communicate(timeout=120)
     assert job.returncode == 143 and out == "A__slow__5: starts\n", out
     assert calls(in_folder) == [["A", "slow", 5, "wait", None]]
     assert (in_folder / "received").read_text().startswith(f"received {signal.SIGTERM.value} ")

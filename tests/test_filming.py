@@ -2,16 +2,14 @@
 
 import importlib.util
 import io
-import json
-import os
-import subprocess
 import sys
-from pathlib import Path
+import types
 
 import mujoco
 import numpy as np
 import pytest
 from PIL import Image
+from run_scripts import one_line, run_main, run_process
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import kalei_mappo_mamujoco as script
@@ -22,11 +20,10 @@ TINY = "--device cpu --env-id Hopper-v2-3x1 --total-timesteps 80 --num-envs 4 --
 TINY += " --eval-episodes 2 --eval-interval 40 --episode-limit 30 --num-threads 1 --save-model"
 
 
-def run(*flags, cwd, **environment):
-    command = [sys.executable, str(Path(script.__file__)), *map(str, flags)]
-    env = {name: value for name, value in os.environ.items() if name not in ("MUJOCO_GL", "DISPLAY", "WAYLAND_DISPLAY")}
-    done = subprocess.run(command, cwd=cwd, env=env | environment, capture_output=True, text=True, timeout=300)
-    return done.returncode, done.stdout, done.stderr
+@pytest.fixture
+def without_screen(monkeypatch):
+    for name in ("MUJOCO_GL", "DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +102,8 @@ def test_the_camera_follows_the_robot(opengl):
     assert places[1] - places[0] == pytest.approx(30, abs=1e-3)
 
 
-def test_evaluations_are_filmed(opengl, tmp_path):
-    code, out, err = run(*TINY.split(), "--capture-video", cwd=tmp_path)
+def test_evaluations_are_filmed(opengl, without_screen, tmp_path):
+    code, out, err = run_main(script, *TINY.split(), "--capture-video", cwd=tmp_path)
     assert code == 0, err
     (folder,) = (tmp_path / "runs").iterdir()
     films = {path.name: path.read_bytes() for path in folder.glob("*.gif")}
@@ -115,71 +112,69 @@ def test_evaluations_are_filmed(opengl, tmp_path):
     assert [event.step for event in events] == [40, 80]
     assert [event.encoded_image_string for event in events] == list(films.values())
     assert (events[0].width, events[0].height) == (320, 240)
-    code, out, err = run("--evaluate", folder / "model.pt", "--capture-video", "--eval-episodes", 1, cwd=tmp_path)
+    flags = ["--capture-video", "--eval-episodes", 1, "--device", "cpu"]
+    code, out, err = run_process(script, "--evaluate", folder / "model.pt", *flags, cwd=tmp_path)
     assert code == 0 and out.splitlines()[-1] == str(folder / "model.gif"), err
     assert len(frames_of((folder / "model.gif").read_bytes())[0]) >= 1
 
 
-def refused(*flags, cwd, **environment):
-    code, out, err = run(*flags, cwd=cwd, **environment)
-    assert code == 2 and err.count("\n") == 1 and err.startswith("error: "), err
+def refused(run, *flags, cwd, **environment):
+    code, _, err = run(script, *flags, cwd=cwd, **environment)
+    assert code == 2 and one_line(err), err
     assert not (cwd / "runs").exists()
     return err
 
 
-def test_no_opengl_is_one_line(tmp_path):
-    said = refused(*TINY.split(), "--capture-video", cwd=tmp_path, PYOPENGL_PLATFORM="glx")
+def test_no_opengl_is_one_line(without_screen, tmp_path):
+    said = refused(run_process, *TINY.split(), "--capture-video", cwd=tmp_path, PYOPENGL_PLATFORM="glx")
     assert "--capture-video" in said and "libegl1" in said
 
 
-def test_no_screen_is_one_line(tmp_path):
-    code, _, err = run(*TINY.split(), cwd=tmp_path)
+def test_no_screen_is_one_line(without_screen, tmp_path):
+    (tmp_path / "before").mkdir()
+    code, _, err = run_main(script, *TINY.split(), cwd=tmp_path / "before")
     assert code == 0, err
-    (model,) = tmp_path.glob("runs/*/model.pt")
-    os.rename(model, tmp_path / "model.pt")
-    for file in (tmp_path / "runs").rglob("*"):
-        assert file.suffix != ".gif"
-    os.rename(tmp_path / "runs", tmp_path / "before")
-    assert "--render" in refused("--evaluate", tmp_path / "model.pt", "--render", cwd=tmp_path)
-    assert "--render" in refused(*TINY.split(), "--render", cwd=tmp_path)
+    (model,) = tmp_path.glob("before/runs/*/model.pt")
+    assert not list(model.parent.glob("*.gif"))
+    assert "--render" in refused(run_main, "--evaluate", model, "--render", "--device", "cpu", cwd=tmp_path)
+    assert "--render" in refused(run_process, *TINY.split(), "--render", cwd=tmp_path)
 
 
-FAKE_WANDB = """
-import json, os
-class Error(Exception): pass
-def init(**settings):
-    if os.environ.get("FAKE_WANDB") == "refuse":
-        raise Error("no login")
-    with open("wandb_calls", "a") as file:
-        file.write(json.dumps(settings) + chr(10))
-"""
+@pytest.fixture
+def wandb(monkeypatch):
+    """Stands in for Weights & Biases: a list of what init was given."""
+    module, calls = types.ModuleType("wandb"), []
+    module.init = lambda **settings: calls.append(settings)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return calls
 
 
-def test_weights_and_biases_get_what_tensorboard_gets(tmp_path):
-    (tmp_path / "wandb.py").write_text(FAKE_WANDB)
+def test_weights_and_biases_get_what_tensorboard_gets(wandb, tmp_path):
     flags = ["--track", "--wandb-project-name", "masks", "--checkpoint-interval", "40"]
-    code, _, err = run(*TINY.split(), *flags, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    code, _, err = run_main(script, *TINY.split(), *flags, cwd=tmp_path)
     assert code == 0, err
     (folder,) = (tmp_path / "runs").iterdir()
-    (call,) = map(json.loads, (tmp_path / "wandb_calls").read_text().splitlines())
+    (call,) = wandb
     assert call["sync_tensorboard"] and call["project"] == "masks" and call["id"] == call["name"] == folder.name
     assert call["config"]["env_id"] == "Hopper-v2-3x1" and call["resume"] == "allow"
     assert list(folder.glob("events*")), "TensorBoard is written all the same"
-    code, _, err = run("--resume", folder, "--total-timesteps", 120, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    code, _, err = run_main(script, "--resume", folder, "--total-timesteps", 120, cwd=tmp_path)
     assert code == 0, err
-    calls = [json.loads(line) for line in (tmp_path / "wandb_calls").read_text().splitlines()]
-    assert [call["id"] for call in calls] == [folder.name] * 2, "a resumed run is the same run"
+    assert [call["id"] for call in wandb] == [folder.name] * 2, "a resumed run is the same run"
 
 
-def test_weights_and_biases_refusing_is_one_line(tmp_path):
-    (tmp_path / "wandb.py").write_text(FAKE_WANDB)
-    code, _, err = run(*TINY.split(), "--track", cwd=tmp_path, PYTHONPATH=str(tmp_path), FAKE_WANDB="refuse")
-    assert code == 2 and err.count("\n") == 1 and "no login" in err, err
+def test_weights_and_biases_refusing_is_one_line(wandb, tmp_path, monkeypatch):
+    def refuse(**settings):
+        raise RuntimeError("no login")
+
+    monkeypatch.setattr(sys.modules["wandb"], "init", refuse)
+    code, _, err = run_main(script, *TINY.split(), "--track", cwd=tmp_path)
+    assert code == 2 and one_line(err) and "no login" in err, err
     assert not list((tmp_path / "runs").iterdir())
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="Weights & Biases is installed")
 def test_no_weights_and_biases_is_one_line(tmp_path):
-    code, _, err = run(*TINY.split(), "--track", cwd=tmp_path)
-    assert code == 2 and err.count("\n") == 1 and "pip install wandb" in err, err
+    code, _, err = run_main(script, *TINY.split(), "--track", cwd=tmp_path)
+    assert code == 2 and one_line(err) and "pip install wandb" in err, err
     assert not list((tmp_path / "runs").iterdir())
