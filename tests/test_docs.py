@@ -3,19 +3,22 @@
 import fnmatch
 import glob
 import importlib
-import importlib.machinery
+import importlib.util
 import re
 import shlex
 import sys
-import types
 from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
 import tyro
+from run_scripts import run_main, scalars
+
+from mamujoco_env import parse_env_id
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "runs/README.md"})
+OWN_ENVIRONMENT = "Meet"  # of docs/changing_a_script.md
 PLACEHOLDERS = {"S": "1", "MODE": "full"}  # in a word of their own or in a part of a name between underscores
 
 
@@ -50,10 +53,14 @@ def commands_of(page):
         for span in re.findall(r"`([^`]+)`", prose)
         if re.match(r"(\w+=\S+ )?(python|torchrun) ", span)
     ]
+    copies = {}
     for words in (words for block in blocks for words in shell_commands(block)):
+        if words[:1] == ["cp"]:
+            copies[words[2]] = words[1]
+            continue
         for place, word in enumerate(words):
             if re.fullmatch(r"(benchmark/)?\w+\.py", word):
-                yield word, [fill_in(argument) for argument in words[place + 1 :]]
+                yield copies.get(word, word), [fill_in(argument) for argument in words[place + 1 :]]
                 break
 
 
@@ -65,22 +72,18 @@ ALL_COMMANDS = [(page, *command) for page in PAGES for command in commands_of(pa
 
 
 # ---- Understanding a command ----
-MADE = set()  # env ids of which an environment could be made
-
-
 def parse_flags_of(script, arguments):
-    """Through the script's own reading of its command line, but for runs and models that the reader is yet to make."""
+    """Through the script's own reading of its command line, but for runs that the reader is yet to make."""
     arguments = list(arguments)
-    for flag in ("--resume", "--evaluate"):
-        if flag in arguments:
-            place = arguments.index(flag)
-            del arguments[place : place + 2]
-            arguments = [word for word in arguments if word != "--render"]  # wants --evaluate
-    module = importlib.import_module(Path(script).stem)
-    args, _ = module.parse_args(arguments)
-    if args.env_id is not None and args.env_id not in MADE:
-        module.make_env(args, 1, 1).close()
-        MADE.add(args.env_id)
+    if "--resume" in arguments:
+        place = arguments.index("--resume")
+        del arguments[place : place + 2]
+    args, _ = importlib.import_module(Path(script).stem).parse_args(arguments)
+    if args.env_id not in (None, OWN_ENVIRONMENT):
+        try:
+            parse_env_id(args.env_id)
+        except ValueError as error:
+            sys.exit(str(error))
 
 
 def parse_options_of(script, arguments):
@@ -118,20 +121,12 @@ def understand(script, arguments):
         sys.exit(f"{script} has no {others or common}")
 
 
-@pytest.fixture
-def wandb(monkeypatch):
-    """Weights & Biases as if it were installed: --track asks for it."""
-    module = types.ModuleType("wandb")
-    module.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
-    monkeypatch.setitem(sys.modules, "wandb", module)
-
-
 @pytest.mark.parametrize(
     ("page", "script", "arguments"),
     ALL_COMMANDS,
     ids=[f"{name_of(page)}: {script} {shlex.join(arguments)}"[:120] for page, script, arguments in ALL_COMMANDS],
 )
-def test_a_command_is_understood(page, script, arguments, wandb):
+def test_a_command_is_understood(page, script, arguments):
     assert (ROOT / script).is_file()
     try:
         understand(script, arguments)
@@ -153,7 +148,7 @@ def test_a_command_is_understood(page, script, arguments, wandb):
         ("benchmark/figures.py", "--runs runs/*__* --no-such-flag 1"),
     ],
 )
-def test_a_wrong_flag_is_found(script, arguments, wandb):
+def test_a_wrong_flag_is_found(script, arguments):
     with pytest.raises(SystemExit) as stop:
         understand(script, shlex.split(arguments))
     assert stop.value.code
@@ -161,7 +156,7 @@ def test_a_wrong_flag_is_found(script, arguments, wandb):
 
 def test_the_pages_name_both_scripts_and_all_benchmarks():
     named = {script for _, script, _ in ALL_COMMANDS}
-    scripts = {path.name for path in ROOT.glob("kalei_*.py")}
+    scripts = {"kalei_matd3_mamujoco.py", "kalei_mappo_mamujoco.py"}
     scripts |= {f"benchmark/{path.name}" for path in ROOT.glob("benchmark/*.py") if '"__main__"' in path.read_text()}
     assert named >= scripts
 
@@ -204,6 +199,47 @@ def test_links_lead_somewhere(page):
 
 def test_the_readme_is_one_screen():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+# ---- Changes to a script ----
+def changed_copies():
+    """(original, copy, its text) of every `cp` in docs/changing_a_script.md, with the diff that follows applied."""
+    page = (ROOT / "docs/changing_a_script.md").read_text()
+    for original, copy, diff in re.findall(r"^cp (\S+) (\S+)$.*?^```diff\n(.*?)^```", page, re.M | re.S):
+        text = (ROOT / original).read_text()
+        for hunk in diff.split("@@\n"):
+            lines = [(line[:1], line[1:]) for line in hunk.splitlines()]
+            before, after = ("".join(f"{line}\n" for sign, line in lines if sign != other) for other in ("+", "-"))
+            assert text.count(before) == 1, f"{copy}: {before}"
+            text = text.replace(before, after)
+        yield original, copy, text
+
+
+COPIES = list(changed_copies())
+TINY = "--device cpu --num-threads 1 --total-timesteps 400 --num-envs 4 --hidden-size 16 --episode-limit 50"
+TINY += " --eval-episodes 2 --log-interval 100 --checkpoint-interval 200 --save-model"
+TINY_OF = {
+    "kalei_matd3_mamujoco.py": "--warmup-steps 100 --batch-size 20 --train-interval 10 --updates-per-round 4",
+    "kalei_mappo_mamujoco.py": "--rollout-steps 25",
+}
+
+
+@pytest.mark.parametrize(("original", "copy", "text"), COPIES, ids=[copy for _, copy, _ in COPIES])
+def test_a_copy_with_the_changes_of_the_page_trains(original, copy, text, tmp_path):
+    (tmp_path / copy).write_text(text)
+    spec = importlib.util.spec_from_file_location(Path(copy).stem, tmp_path / copy)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    env_id = OWN_ENVIRONMENT if "meet" in copy else "HalfCheetah-v2-2x3"
+    code, _, err = run_main(script, "--env-id", env_id, *TINY.split(), *TINY_OF[original].split(), cwd=tmp_path)
+    assert code == 0, err
+    (folder,) = (tmp_path / "runs").glob(f"{env_id}__{Path(copy).stem}__1__*")
+    logged = set(scalars(folder))
+    per_agent = {tag for tag in logged if tag.startswith("agents/")}
+    assert len(per_agent) == (2 if "agents" in copy else 0)
+    assert "charts/eval_return" in logged
+    code, _, err = run_main(script, "--resume", folder, "--total-timesteps", 600, cwd=tmp_path)
+    assert code == 0, err
 
 
 # ---- The same thing said in two places ----
