@@ -63,8 +63,9 @@ def run_main(script, *flags, cwd, block=math.inf):
 
 
 def environment(**changes):
-    """Of a process of its own: one thread, and our modules to import from anywhere."""
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)} | changes
+    """Of a process of its own: one thread, and our modules to import from anywhere, those of the tests too."""
+    modules = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": modules} | changes
 
 
 def run_process(script, *flags, cwd, **changes):

@@ -91,6 +91,9 @@ def assert_same_runs(a, b):
 KILLED = """
 import os, signal
 import {name} as script
+from experiment import mask_pictures
+from run_scripts import blank_picture
+mask_pictures.draw = blank_picture
 write, times = script.write_checkpoint, []
 def write_once(*arguments):
     times.append(1)
@@ -155,7 +158,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(case, tmp_path):
 @contextlib.contextmanager
 def process(script, folder, *flags):
     """The script on FLAGS, without end, as soon as it trains; what it prints goes to the folder's out and err."""
-    flags = [*FLAGS[script].split(), "--total-timesteps", "1_000_000_000", *flags]
+    flags = [*FLAGS[script].split(), "--total-timesteps", "1_000_000_000", "--eval-episodes", "0", *flags]
     with open(folder / "out", "w") as out, open(folder / "err", "w") as err:
         child = subprocess.Popen(
             [sys.executable, script.__file__, *flags], cwd=folder, env=environment(), stdout=out, stderr=err

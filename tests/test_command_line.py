@@ -80,7 +80,8 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit(tmp_path):
     for name, seed, run in (("a", 3, run_main), ("b", 3, run_process), ("c", 4, run_main)):
         cwd = tmp_path / name
         cwd.mkdir()
-        code, _, err = run(script, "--env-id", "HalfCheetah-v2-2x3", *TINY, "--seed", seed, cwd=cwd)
+        flags = ["--env-id", "HalfCheetah-v2-2x3", *TINY, "--eval-interval", 0, "--seed", seed]
+        code, _, err = run(script, *flags, cwd=cwd)
         assert code == 0, err
         (folder,) = (cwd / "runs").iterdir()
         models.append(torch.load(folder / "model.pt", weights_only=True))
@@ -198,7 +199,7 @@ def test_an_unknown_flag_in_a_process_of_its_own(tmp_path):
 
 def test_a_copy_is_named_after_itself(tmp_path):
     (tmp_path / "mine.py").write_text(SCRIPT.read_text())
-    code, _, err = run_process("mine.py", "--env-id", "Hopper-v2-3x1", *TINY, cwd=tmp_path)
+    code, _, err = run_process("mine.py", "--env-id", "Hopper-v2-3x1", *TINY, "--eval-episodes", 0, cwd=tmp_path)
     assert code == 0, err
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.startswith("Hopper-v2-3x1__mine__1__")

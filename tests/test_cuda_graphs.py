@@ -282,6 +282,7 @@ def compare(learners, expected, got):
 
 
 # ---- torch.compile ----
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["matd3", "mappo"])
 def test_compiled_updates_learn_the_same(name, device, monkeypatch):
     """Without a compiler, by what would be given to it: to compile such an update takes a minute and more."""

@@ -411,4 +411,4 @@ def test_checkpoints_of_other_bytes(examples, checkpointed, tmp_path, monkeypatc
         )
 
     check()
-    assert counts["refused"] > 0.9 * examples and counts["main"] > 0.04 * examples, counts
+    assert counts["refused"] > 0.9 * examples and counts["main"] >= 0.04 * examples, counts

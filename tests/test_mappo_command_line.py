@@ -108,7 +108,7 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit(sharing, tmp_path):
     for name, seed, run in (("a", 3, run_main), ("b", 3, run_process), ("c", 4, run_main)):
         cwd = tmp_path / name
         cwd.mkdir()
-        flags = ["--env-id", "HalfCheetah-v2-2x3", "--sharing", sharing, *TINY, "--seed", seed]
+        flags = ["--env-id", "HalfCheetah-v2-2x3", "--sharing", sharing, *TINY, "--eval-interval", 0, "--seed", seed]
         code, _, err = run(script, *flags, cwd=cwd)
         assert code == 0, err
         (folder,) = (cwd / "runs").iterdir()
