@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import kalei_mappo_mamujoco as mappo  # noqa: E402
 import kalei_matd3_mamujoco as matd3  # noqa: E402
+from experiment.hardware import keep_freed_memory  # noqa: E402
 
 PARTS = ("acting", "physics", "copying", "updates")
 
@@ -184,6 +185,7 @@ def machine(options):
 def main():
     options, flags = tyro.cli(Options, return_unknown_args=True)
     torch.set_num_threads(options.threads)
+    keep_freed_memory()
     torch.manual_seed(1)
     kinds = {"matd3": (Matd3, matd3), "mappo": (Mappo, mappo)}
     modes = options.modes or (("eager", "graph") if on_gpu(options) else ("eager",))

@@ -23,6 +23,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmark.plain_loops import PlainLearner  # noqa: E402
+from experiment.hardware import keep_freed_memory  # noqa: E402
 from kalei_matd3_mamujoco import TUNED, UNTUNED, Args, Learner, Replay, resolve_precision  # noqa: E402
 from mamujoco_env import MaMuJoCoVecEnv  # noqa: E402
 
@@ -77,6 +78,7 @@ def product_rate(a, b):
 def main():
     options = tyro.cli(Options)
     torch.set_num_threads(options.threads)
+    keep_freed_memory()
     torch.manual_seed(1)
     n_step, policy_freq = TUNED.get(options.env_id, UNTUNED)
     precision = resolve_precision(options.precision, "cpu")
