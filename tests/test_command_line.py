@@ -1,10 +1,12 @@
 """The script as a user runs it: training to a saved model and TensorBoard files, evaluation, and mistakes."""
 
+import itertools
 import math
 import os
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -109,6 +111,19 @@ def test_agents_without_masks_train_and_evaluate(sharing, tmp_path):
     flags = ["--eval-episodes", 3, "--device", "cpu"]
     code, out, err = run_main(script, "--evaluate", folder / "model.pt", *flags, cwd=tmp_path)
     assert code == 0 and f"return {mean:.1f} " in out, err
+
+
+def test_speed_is_that_of_the_latest_round(tmp_path, monkeypatch):
+    """By a clock whose readings are 0, 1, 4, 9, ... milliseconds, the warm-up's five rounds with one each."""
+    clock = itertools.count()
+    monkeypatch.setattr(script, "time", SimpleNamespace(perf_counter=lambda: next(clock) ** 2 / 1000))
+    flags = ["--eval-episodes", 0, "--log-interval", 40]
+    code, _, err = run_main(script, "--env-id", "Hopper-v2-3x1", *TINY, *flags, cwd=tmp_path)
+    assert code == 0, err
+    (folder,) = (tmp_path / "runs").iterdir()
+    readings = [(5 + 2 * number, 6 + 2 * number) for number in range(11)]
+    expected = [40_000 / (end**2 - start**2) for start, end in readings]
+    assert [value for _, value in scalars(folder)["charts/SPS"]] == pytest.approx(expected, abs=1)  # whole numbers
 
 
 class EpisodesOfChosenLength:

@@ -1,9 +1,11 @@
 """kalei_mappo_mamujoco.py as a user runs it: training to a saved model and TensorBoard files, and mistakes."""
 
+import itertools
 import math
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -131,6 +133,19 @@ def test_learning_rates_fall_where_they_are_to_fall(decay, tmp_path, monkeypatch
     assert code == 0, err
     expected = [1 - step / 150 for step in (0, 40, 80, 120)] if decay else []
     assert factors == pytest.approx(expected)
+
+
+def test_speed_is_that_of_the_latest_round(tmp_path, monkeypatch):
+    """By a clock whose readings are 0, 1, 4, 9, ... milliseconds."""
+    clock = itertools.count()
+    monkeypatch.setattr(script, "time", SimpleNamespace(perf_counter=lambda: next(clock) ** 2 / 1000))
+    flags = ["--eval-episodes", 0, "--log-interval", 40]
+    code, _, err = run_main(script, "--env-id", "Hopper-v2-3x1", *TINY, *flags, cwd=tmp_path)
+    assert code == 0, err
+    (folder,) = (tmp_path / "runs").iterdir()
+    readings = [(2 * number, 2 * number + 1) for number in range(16)]
+    expected = [40_000 / (end**2 - start**2) for start, end in readings]
+    assert [value for _, value in scalars(folder)["charts/SPS"]] == pytest.approx(expected, abs=1)  # whole numbers
 
 
 MISTAKES = {
