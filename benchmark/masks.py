@@ -4,7 +4,7 @@
 
 Writes masks_actor.png and masks_critic.png (see experiment/mask_pictures.py), and prints a line a layer, in percent:
 masked weights, the mean over masks; weights that only one of two masks keeps, the mean over pairs; weights that no mask
-and that all masks keep. Of a network without masks, such as a single critic of MAPPO, there is no picture.
+and that all masks keep. Of a network without masks, such as a critic of MAPPO, there is no picture.
 """
 
 import dataclasses

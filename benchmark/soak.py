@@ -32,9 +32,9 @@ sys.path.insert(0, str(ROOT))
 
 from experiment.checkpoints import read_checkpoint  # noqa: E402
 
-SMALL = "--env-id HalfCheetah-v2-2x3 --device cpu --total-timesteps 1000000000 --hidden-size 64 --num-critics 3"
+SMALL = "--env-id HalfCheetah-v2-2x3 --device cpu --total-timesteps 1000000000 --hidden-size 64"
 SMALL += " --checkpoint-interval 1000 --log-interval 1000 --eval-interval 20000 --eval-episodes 2 --num-threads 1"
-SMALL_REPLAY = "--buffer-size 20000 --warmup-steps 2000 --batch-size 100"
+SMALL_REPLAY = "--buffer-size 20000 --warmup-steps 2000 --batch-size 100 --num-critics 3"
 PAGE = os.sysconf("SC_PAGE_SIZE") / 2**20  # MiB
 
 

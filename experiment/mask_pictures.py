@@ -3,7 +3,7 @@
     python benchmark/masks.py runs/RUN/model.pt --out masks  # of a saved model
 
     writer = SummaryWriter("runs/RUN")
-    log_masks(writer, "actor", learner.actor, global_step)   # in training
+    log_masks(writer, learner, global_step)                  # in training
 
 A network has `layers`, each with `weight` W, (out, in) or where nothing is shared (M, out, in), `thresholds` s
 (M, out, in) and `masks()` (M, out, in) bool, true where mask k keeps a weight: |W| > sigmoid(s_k).
