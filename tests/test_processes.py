@@ -16,7 +16,6 @@ import kalei_matd3_mamujoco as matd3
 from experiment.processes import all_reduce_mean, any_process, mean_std
 
 ROOT = Path(matd3.__file__).parent
-one_worker = pytest.mark.xdist_group("ranks")  # of those that pytest runs tests in: the fixture is made once
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +30,6 @@ def ranks(tmp_path_factory):
     return folder, [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-@one_worker
 @pytest.mark.parametrize("name", ["matd3", "mappo", "matd3 halves", "mappo halves"])
 def test_all_processes_have_the_same_networks(ranks, name):
     _, (first, second) = ranks
@@ -39,7 +37,6 @@ def test_all_processes_have_the_same_networks(ranks, name):
         assert torch.equal(value, second[name][key]), key
 
 
-@one_worker
 @pytest.mark.parametrize("name", ["matd3", "mappo"])
 def test_two_processes_learn_as_one_with_the_data_of_both(ranks, name):
     _, (halves, _) = ranks
@@ -53,7 +50,6 @@ def test_two_processes_learn_as_one_with_the_data_of_both(ranks, name):
     assert moved > 10, "updates that change nothing would agree as well"
 
 
-@one_worker
 def test_one_process_writes_for_all(ranks):
     folder, _ = ranks
     runs = sorted(run.name.split("__")[1] for run in (folder / "runs").iterdir())
