@@ -295,13 +295,16 @@ def test_command_lines(examples, checkpointed, paths, tmp_path, monkeypatch):
     assert counts["evaluated"] >= examples // 400, counts
 
 
+KNOWN = ["Ant-v2-4x2", "Hopper-v5-3x1", "manyagent_swimmer-3x2", "Humanoid-v2-9|8", "Pusher-v5-3p", "Reacher-v2-2x1"]
+
+
 @sizes(50, 150)
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_env_ids(name, examples):
     script, counts = SCRIPTS[name], {"made": 0, "refused": 0}
 
     @settings(max_examples=examples, derandomize=True, deadline=None, database=None)
-    @given(env_ids() | st.sampled_from(ENV_IDS))
+    @given(env_ids() | st.sampled_from(ENV_IDS) | st.sampled_from(KNOWN))
     def check(env_id):
         got = outcome(script.make_env, script.Args(env_id=env_id, num_threads=1), 1, 1)
         if got.code == 0:
