@@ -69,7 +69,7 @@ class Args:
     # speed
     device: Literal["auto", "cpu", "cuda"] = "auto"  # of networks and updates; auto takes the GPU if there is one
     num_threads: int = 0  # for the physics, 0 for one per CPU; OMP_NUM_THREADS sets PyTorch's
-    precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"  # of the hidden products; auto: the device's
+    precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"  # of hidden products; auto: the fastest here
     cudagraph: bool = True  # on a GPU, launch a whole update at once and not kernel by kernel
     compile: bool = False  # let torch.compile fuse the updates' kernels, which takes minutes at the start
 

@@ -18,9 +18,7 @@ def device_type(device):
 def resolve_precision(precision, kind, auto_bfloat16=True):
     """What --precision auto means: TF32 on a GPU, bfloat16 where a CPU multiplies it natively, else float32.
 
-    Without `auto_bfloat16`, float32 on every CPU.
-
-    Sets PyTorch's products of float32 to TF32 or to full precision.
+    Without `auto_bfloat16`, float32 on every CPU. Sets PyTorch's products of float32 to TF32 or to full precision.
     """
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     if precision == "bfloat16" and kind == "cpu" and not native:
