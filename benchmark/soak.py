@@ -107,7 +107,7 @@ def main():
                 time.sleep(min(1.0, max(end - time.monotonic(), 0)))
             ended = process.poll()
             if ended == 0:
-                last_step = read_checkpoint(run, args_class)["counters"]["global_step"]
+                last_step = read_checkpoint(run, args_class)["counters"][0]
                 print(f"| {kills + 1} | its end (0) | | {last_step} | | | {max(s[0] for s in samples):.0f} | | |")
                 break
             number = signal.SIGTERM if draw.random() < 0.25 else signal.SIGKILL
@@ -115,7 +115,7 @@ def main():
             code = process.wait(300)
             kills += 1
             try:
-                step = read_checkpoint(run, args_class)["counters"]["global_step"]
+                step = read_checkpoint(run, args_class)["counters"][0]
             except SystemExit:
                 step = -1
             expected = 143 if number == signal.SIGTERM else -9
