@@ -210,7 +210,7 @@ class MaskedMLP(nn.Module):
             norms.append(nn.ParameterDict({"weight": torch.ones(shape), "bias": torch.zeros(shape)}))
             layers.append(OrthogonalLinear(num_masks, *size, scale, bias - shift, own, gain))
         self.layers, self.norms = nn.ModuleList(layers), nn.ModuleList(norms)
-        # a LayerNorm without scale and shift takes twice as long on a CPU as one with ones and zeros
+        # on a CPU, a LayerNorm without scale and shift takes longer than one with ones and zeros
         self.register_buffer("one", torch.ones(hidden), persistent=False)
         self.register_buffer("zero", torch.zeros(hidden), persistent=False)
 

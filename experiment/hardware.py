@@ -32,7 +32,7 @@ def resolve_precision(precision, kind, auto_bfloat16=True):
 def keep_freed_memory():
     """Let glibc keep freed memory for the tensors to come, which are of the same sizes again and again.
 
-    Without, an update spends an eighth of its time on the CPU on getting pages back from the kernel.
+    Without, each update on the CPU has to get their pages back from the kernel.
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL(None)
