@@ -16,12 +16,12 @@ import dataclasses
 import math
 import os
 import time
-from typing import Literal, NamedTuple
+from types import SimpleNamespace
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 import tyro
 from tqdm import tqdm
 
@@ -29,9 +29,8 @@ from experiment import processes
 from experiment.checkpoints import check_resumed, read_checkpoint, restore_checkpoint, write_checkpoint
 from experiment.command_line import fail, require
 from experiment.films import open_viewer, save_film
-from experiment.hardware import device_type, keep_freed_memory, resolve_precision
+from experiment.hardware import device_type, resolve_precision
 from experiment.mask_pictures import log_mask_shares, log_masks
-from experiment.processes import all_reduce_mean
 from experiment.run_folder import log_episodes, log_evaluation, log_scalars, open_run, reached
 from experiment.saved_models import evaluate_model, save_model
 from experiment.stopping import StopSignals, stop_if_diverged
@@ -52,9 +51,7 @@ class Args:
     save_model: bool = False  # write actor and critic to model.pt in the run's folder, at every evaluation
     capture_video: bool = False  # film an episode of each evaluation: a GIF in the run's folder, or beside the model
     render: bool = False  # show an episode of each evaluation in a window, unless it is filmed
-    track: bool = False  # log to Weights & Biases as well, which then must be installed
-    wandb_project_name: str = "kaleidoscope-mamujoco"  # Weights & Biases' project
-    wandb_entity: str | None = None  # Weights & Biases' user or team
+    track: bool = False  # log to Weights & Biases as well, to the project and team in WANDB_PROJECT and WANDB_ENTITY
     checkpoint_interval: int = 0  # environment steps between two checkpoints, for --resume; 0: none
     resume: str | None = None  # go on with the run in this folder, with its flags; --total-timesteps may move its end
     evaluate: str | None = None  # do not train: evaluate the model in this file, on the task it was trained on
@@ -69,7 +66,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # of networks and updates; auto takes the GPU if there is one
     num_threads: int = 0  # for the physics, 0 for one per CPU; OMP_NUM_THREADS sets PyTorch's
     precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"  # of hidden products; auto: tf32 on a GPU
-    cudagraph: bool = True  # on a GPU, launch a whole update at once and not kernel by kernel
+    cudagraph: bool = True  # on a GPU, one process launches a whole update at once and not kernel by kernel
     compile: bool = False  # let torch.compile fuse the updates' kernels, which takes minutes at the start
 
     # MAPPO
@@ -174,10 +171,7 @@ class OrthogonalLinear(MaskedLinear):
 
 
 def masked_linear(x, weight, bias):
-    """x (B, in) or (M, B, in) through M effective layers (M, out, in) in one product: (M, B, out), in the bias's dtype.
-
-    The product is made in the weight's dtype: in bfloat16, operands and result are rounded to 8 bits, sums are float32.
-    """
+    """x (B, in) or (M, B, in) through M effective layers (M, out, in) in one product, in their dtype: (M, B, out)."""
     x = x.to(weight.dtype).expand(len(weight), -1, -1)
     if weight.dtype != bias.dtype:
         return bias + x @ weight.mT
@@ -230,15 +224,14 @@ class MaskedMLP(nn.Module):
         """Standardised x (B, in) or (M, B, in) -> (M, B, out), through effective layers: one product for all masks."""
         x = masked_linear(x, *layers[0])
         for layer in layers[1:]:
-            x = masked_linear(F.layer_norm(torch.relu_(x), x.shape[-1:], self.one, self.zero), *layer)
+            x = masked_linear(nn.functional.layer_norm(torch.relu_(x), x.shape[-1:], self.one, self.zero), *layer)
         return x
 
 
 class Actor(MaskedMLP):
     """Gaussian policies of N agents, one mask each, in half action ranges: the bounds low, high (N, act) are -1 and 1.
 
-    The mean is not bounded: actions are clipped and scaled on their way to the environment only (to_bounds). Where both
-    bounds are 0, an action is padding, and has no part in probabilities and entropy.
+    The mean is not bounded: actions are clipped and scaled on their way to the environment only (to_bounds).
     """
 
     def __init__(self, observation_size, low, high, args):
@@ -246,10 +239,9 @@ class Actor(MaskedMLP):
         sizes = (observation_size, args.hidden_size, act)
         super().__init__(agents, sizes, thresholds, args.output_gain, args.sharing, args.precision)
         self.log_std = nn.Parameter(torch.ones(act if args.sharing == "full" else (agents, 1, act)))
-        real = (high > low).astype(low.dtype)[:, None]  # (N, 1, act): 1 for an action, 0 for padding
         for name, value in (("low", low), ("high", high), ("centre", (high + low) / 2), ("scale", (high - low) / 2)):
             self.register_buffer(name, torch.as_tensor(value))
-        self.register_buffer("real", torch.as_tensor(real))
+        self.register_buffer("real", (self.high > self.low).float()[:, None])  # (N, 1, act): 0 for padded actions
 
     def std(self):
         """(act,) or (N, 1, act), at most 0.5."""
@@ -270,52 +262,33 @@ class Actor(MaskedMLP):
 
     def log_prob(self, obs, actions, layers):
         """Log density of all of an agent's actions together: obs (N, B, obs), actions (N, B, act) -> (N, B)."""
-        std = self.std()
-        noise = (actions - self(obs, layers)) / std
-        densities = -0.5 * noise.square() - torch.log(std) - 0.5 * math.log(2 * math.pi)
+        mean, std = self(obs, layers), self.std()
+        densities = -0.5 * ((actions - mean) / std).square() - torch.log(std) - 0.5 * math.log(2 * math.pi)
         return (densities * self.real).sum(-1)
 
     def entropy(self):
         """(), the mean over agents."""
-        entropies = torch.log(self.std()) + 0.5 * math.log(2 * math.pi * math.e)
-        return (entropies * self.real).sum(-1).mean()
+        return ((torch.log(self.std()) + 0.5 * math.log(2 * math.pi * math.e)) * self.real).sum(-1).mean()
 
 
 class Critic(MaskedMLP):
-    """The state's value, in std of returns, by a network of the same kind without masks: state (B, S) -> (1, B, 1).
-
-    Always in float32: after some epochs, bfloat16's error in its gradients comes near the noise between rollouts.
-    """
+    """The state's value, in std of returns, by a network of the same kind without masks: state (B, S) -> (1, B, 1)."""
 
     def __init__(self, state_size, args):
+        # in float32 always: after some epochs, bfloat16's errors in its gradients come near the noise
         super().__init__(1, (state_size, args.hidden_size, 1), (20.0, 0.0), 1.0, "full")
-        self.value_norm = ValueNorm(args.value_norm_beta)
-
-
-class ValueNorm(nn.Module):
-    """Running mean and std of returns, debiased as Adam's moments are, so that they are right from the first update."""
-
-    def __init__(self, beta):
-        super().__init__()
-        self.beta = beta
+        self.beta = args.value_norm_beta
         self.register_buffer("averages", torch.zeros(3))  # of returns, their squares, and 1: from 0, like Adam's
 
-    def update(self, returns):
+    def update_value_norm(self, returns):
         latest = torch.stack([returns.mean(), returns.square().mean(), torch.ones_like(self.averages[0])])
-        all_reduce_mean([latest])
+        processes.all_reduce_mean([latest])
         self.averages.lerp_(latest, 1 - self.beta)
 
     def mean_std(self):
+        """Of returns, each (): HARL's ValueNorm, running, debiased as Adam's moments are."""
         mean, square = self.averages[:2] / self.averages[2].clamp(min=1e-5)
         return mean, (square - mean.square()).clamp(min=1e-2).sqrt()
-
-    def normalise(self, returns):
-        mean, std = self.mean_std()
-        return (returns - mean) / std
-
-    def denormalise(self, values):
-        mean, std = self.mean_std()
-        return values * std + mean
 
 
 # ---- Mask diversity ----
@@ -358,20 +331,18 @@ def diversity_loss(network, layer_weights, weighted=True):
 
 
 class AdaptiveCoefficient(nn.Module):
-    """The weight of the diversity loss: |beta * mean(RL losses) / mean(diversity losses)| over the latest `length`.
-
-    The histories are rings on the device, with equally many losses, so that the ratio of sums is that of means.
-    """
+    """The weight of the diversity loss: |beta * mean(RL losses) / mean(diversity losses)| over the latest `length`."""
 
     def __init__(self, beta, length, device):
         super().__init__()
         self.beta = beta
+        # rings on the device, with equally many losses, so that the ratio of their sums is that of means
         self.register_buffer("losses", torch.zeros(2, length, device=device))
         self.register_buffer("slot", torch.zeros(1, dtype=torch.long, device=device))
 
     def forward(self, rl_loss, diversity):
         latest = torch.stack([rl_loss, diversity]).detach()
-        all_reduce_mean([latest])
+        processes.all_reduce_mean([latest])
         self.losses.index_copy_(1, self.slot, latest[:, None])
         self.slot.add_(1).remainder_(self.losses.shape[1])
         rl_sum, diversity_sum = self.losses.sum(1)
@@ -397,65 +368,33 @@ def reset_actor(actor, ratio):
     return num_reset
 
 
-# ---- Rollout, advantages, losses ----
+# ---- Rollout and advantages ----
 class Rollout:
     """T steps of E environments, on the device. It holds states only: they imply the observations."""
 
     def __init__(self, steps, num_envs, state_size, action_shape, device):
-        shape = (steps, num_envs)
-        self.state = torch.zeros(*shape, state_size, device=device)
-        self.actions = torch.zeros(*shape, *action_shape, device=device)  # the policy's, not clipped
-        self.reward = torch.zeros(shape, device=device)
-        self.next_state = torch.zeros(*shape, state_size, device=device)  # where the action led to, before any reset
-        self.terminated = torch.zeros(shape, dtype=torch.bool, device=device)
-        self.truncated = torch.zeros(shape, dtype=torch.bool, device=device)
+        self.state = torch.zeros(steps, num_envs, state_size, device=device)
+        self.actions = torch.zeros(steps, num_envs, *action_shape, device=device)  # the policy's, not clipped
+        self.reward = torch.zeros(steps, num_envs, device=device)
+        self.next_state = torch.zeros_like(self.state)  # where the action led to, before any reset
+        self.terminated = torch.zeros_like(self.reward, dtype=torch.bool)
+        self.truncated = torch.zeros_like(self.terminated)
 
     def store(self, steps):
-        """Keep T steps, a list of (state, actions, reward, next_state, terminated, truncated), arrays of E rows each.
-
-        All steps go to the device together, in six copies.
-        """
+        """Keep T steps, a list of (state, actions, reward, next_state, terminated, truncated), arrays of E rows."""
         for stored, arrays in zip(vars(self).values(), zip(*steps, strict=True), strict=True):
             stored.copy_(torch.from_numpy(np.stack(arrays)).to(stored.dtype))
 
 
-class Batch(NamedTuple):
-    """What updates work on: the B = T E steps of a rollout."""
-
-    state: torch.Tensor  # (B, S), standardised
-    obs: torch.Tensor  # (N, B, O)
-    actions: torch.Tensor  # (N, B, act)
-    log_prob: torch.Tensor  # (N, B), of the policy before the updates
-    advantages: torch.Tensor  # (B,), normalised: mean 0, std 1
-    values: torch.Tensor  # (B,), in std of returns, of the critic before the updates
-    returns: torch.Tensor  # (B,), in std of returns
-
-
 def estimate_advantages(reward, values, next_values, terminated, truncated, gamma, gae_lambda):
-    """Generalised advantage estimates (T, E), from tensors (T, E).
-
-    next_values are those of the states that actions led to, before any reset: an episode that is cut bootstraps from
-    where it was cut. One that terminates does not bootstrap.
-    """
-    deltas = reward + gamma * next_values * ~terminated - values
+    """Generalised advantage estimates (T, E), from tensors (T, E); next_values are of the states before any reset."""
+    deltas = reward + gamma * next_values * ~terminated - values  # what is cut bootstraps from where it was cut
     goes_on = ~(terminated | truncated)
     advantages, later = torch.empty_like(deltas), torch.zeros_like(deltas[0])
     for step in range(len(deltas) - 1, -1, -1):
         later = deltas[step] + gamma * gae_lambda * later * goes_on[step]
         advantages[step] = later
     return advantages
-
-
-def clipped_surrogate(ratio, advantages, clip):
-    """PPO's objective of each step, to be maximised: ratio (N, B), advantages (B,) -> (N, B)."""
-    return torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
-
-
-def clipped_value_loss(values, old_values, returns, clip, delta):
-    """The worse of the Huber losses of a value and of its clipped change, each (B,) -> (B,)."""
-    clipped = old_values + (values - old_values).clamp(-clip, clip)
-    losses = (F.huber_loss(each, returns, reduction="none", delta=delta) for each in (values, clipped))
-    return torch.maximum(*losses)
 
 
 # ---- The update ----
@@ -493,29 +432,31 @@ class Learner(nn.Module):
 
     @torch.no_grad()
     def prepare(self, rollout):
-        """All that a rollout's updates need, in one go: the Batch and the losses that are known before them."""
+        """What updates on a rollout work on, its B = T E steps, and the losses that are known before them."""
         args, critic, shape = self.args, self.critic, rollout.reward.shape
         state = standardise(rollout.state).flatten(0, 1)
         both = torch.cat([state, standardise(rollout.next_state).flatten(0, 1)])
         predictions = critic(both, critic.effective_layers()).flatten()  # (2 B,)
-        values, next_values = critic.value_norm.denormalise(predictions).view(2, *shape)
+        mean, std = critic.mean_std()
+        values, next_values = (predictions * std + mean).view(2, *shape)
         ends = (rollout.terminated, rollout.truncated)
         advantages = estimate_advantages(rollout.reward, values, next_values, *ends, args.gamma, args.gae_lambda)
         returns = advantages + values
-        critic.value_norm.update(returns)
+        critic.update_value_norm(returns)
+        returns_mean, returns_std = critic.mean_std()
         mean, std = processes.mean_std(advantages)
 
         obs = agent_observations(rollout.state.flatten(0, 1), self.num_agents, columns=self.columns)
         obs = obs.transpose(0, 1).contiguous()
         actions = rollout.actions.flatten(0, 1).transpose(0, 1).contiguous()
-        batch = Batch(
-            state=state,
-            obs=obs,
-            actions=actions,
-            log_prob=self.actor.log_prob(obs, actions, self.actor.effective_layers()),
-            advantages=((advantages - mean) / (std + 1e-5)).flatten(),
-            values=predictions[: len(state)],
-            returns=critic.value_norm.normalise(returns).flatten(),
+        batch = SimpleNamespace(
+            state=state,  # (B, S), standardised
+            obs=obs,  # (N, B, O)
+            actions=actions,  # (N, B, act)
+            log_prob=self.actor.log_prob(obs, actions, self.actor.effective_layers()),  # (N, B), before the updates
+            advantages=((advantages - mean) / (std + 1e-5)).flatten(),  # (B,), normalised
+            values=predictions[: len(state)],  # (B,), in std of returns, before the updates
+            returns=((returns - returns_mean) / returns_std).flatten(),  # (B,), in std of returns
         )
         explained = 1 - advantages.var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
         return batch, {"losses/explained_variance": explained, "values/value": values.mean()}
@@ -525,7 +466,7 @@ class Learner(nn.Module):
         optimizer.zero_grad()
         loss.backward()
         gradients = [parameter.grad for parameter in network.parameters()]
-        all_reduce_mean(gradients)
+        processes.all_reduce_mean(gradients)
         rows = [gradient.view(len(gradient) if own else 1, -1) for gradient in gradients]
         norm = sum(row.square().sum(1, keepdim=True) for row in rows).sqrt()  # (N, 1) or (1, 1)
         for row in rows:
@@ -538,7 +479,8 @@ class Learner(nn.Module):
         log_prob = self.actor.log_prob(batch.obs[:, rows], batch.actions[:, rows], self.actor.effective_layers())
         log_ratio = log_prob - batch.log_prob[:, rows]  # (N, b)
         ratio = log_ratio.exp()  # the product over an agent's action dimensions
-        surrogate = clipped_surrogate(ratio, batch.advantages[rows], args.clip)
+        advantages, clipped = batch.advantages[rows], ratio.clamp(1 - args.clip, 1 + args.clip)
+        surrogate = torch.minimum(ratio * advantages, clipped * advantages)
         entropy = self.actor.entropy()
         loss = -surrogate.mean()
         diversity = torch.zeros_like(loss)  # without masks
@@ -549,11 +491,10 @@ class Learner(nn.Module):
         total = loss - args.entropy_coef * entropy + coefficient * diversity
         own = args.sharing == "none"  # N learners side by side: each has its own loss, norm and (as always) Adam
         self.step(self.actor_optimizer, self.actor, total * self.num_agents if own else total, own)
-        log_ratio, ratio = log_ratio.detach(), ratio.detach()
         return {
             "losses/policy": loss.detach(),
             "losses/entropy": entropy.detach(),
-            "losses/approx_kl": (ratio - 1 - log_ratio).mean(),
+            "losses/approx_kl": (ratio - 1 - log_ratio).detach().mean(),
             "losses/clipfrac": ((ratio - 1).abs() > args.clip).float().mean(),
             "losses/actor_diversity": diversity.detach(),
             "coefficients/actor": coefficient,
@@ -563,20 +504,20 @@ class Learner(nn.Module):
         """One step of the critic on `rows`: (b,) or a slice. Returns its loss as a detached scalar."""
         args = self.args
         values = self.critic(batch.state[rows], self.critic.effective_layers()).flatten()  # (b,)
-        losses = clipped_value_loss(values, batch.values[rows], batch.returns[rows], args.clip, args.huber_delta)
-        loss = losses.mean()
+        old, returns = batch.values[rows], batch.returns[rows]
+        clipped = old + (values - old).clamp(-args.clip, args.clip)
+        huber = nn.HuberLoss(reduction="none", delta=args.huber_delta)
+        loss = torch.maximum(huber(values, returns), huber(clipped, returns)).mean()
         self.step(self.critic_optimizer, self.critic, loss)
         return {"losses/value": loss.detach()}
 
     def update(self, rollout):
         """All updates on a rollout. Returns losses by name, their means over the updates."""
-        args = self.args
         batch, known = self.prepare(rollout)
-        logs = []
-        for _ in range(args.num_epochs):
-            minibatches = [slice(None)]  # a single one is the rollout as it lies, without copying it
-            if args.num_minibatches > 1:
-                minibatches = torch.rand_like(batch.returns).argsort().tensor_split(args.num_minibatches)
+        logs, minibatches = [], [slice(None)]  # a single one is the rollout as it lies, without copying it
+        for _ in range(self.args.num_epochs):
+            if self.args.num_minibatches > 1:
+                minibatches = torch.rand_like(batch.returns).argsort().tensor_split(self.args.num_minibatches)
             for rows in minibatches:
                 logs.append(self.update_actor(batch, rows) | self.update_critic(batch, rows))
         return known | {name: torch.stack([log[name] for log in logs]).mean() for name in logs[0]}
@@ -626,14 +567,11 @@ def make_env(args, seed, num_envs):
 
 @torch.no_grad()
 def evaluate(actor, envs, seed, watch=None):
-    """Deterministic actions until every environment's first episode has ended: returns (E,), lengths (E,).
-
-    To wait for all first episodes, and no others, counts long and short ones alike. `watch` sees environment 0's.
-    """
+    """Returns (E,) and lengths (E,) of every environment's first episode, by deterministic actions."""
     layers, device = actor.effective_layers(), actor.low.device
     returns, lengths, finished = np.zeros(envs.num_envs), np.zeros(envs.num_envs), np.zeros(envs.num_envs, bool)
     obs, _ = envs.reset(seed=seed + 1_000_000)  # other starts than training's, and the same every time
-    while not finished.all():
+    while not finished.all():  # all first episodes and no others, so that long and short ones count alike
         if watch is not None and not finished[0]:
             watch()
         obs, _, _, _, infos = envs.step(actor.act(torch.as_tensor(obs, device=device), layers).cpu().numpy())
@@ -671,7 +609,6 @@ def main():
     device, rank, num_processes = processes.setup_processes(args.device)
     if args.evaluate is not None:
         return evaluate_model(args, device, Actor, make_env, evaluate)
-    keep_freed_memory()
     stop = StopSignals()
 
     # set up: the same weights in all processes, other environments and draws
@@ -685,8 +622,7 @@ def main():
     eval_envs = make_env(args, args.seed, args.eval_episodes) if args.eval_episodes and rank == 0 else None
     viewer = open_viewer(args, eval_envs)
 
-    graph = args.cudagraph and num_processes == 1  # averaging gradients in a graph is untried
-    update = GraphedUpdate(lambda: learner.update(rollout), device, graph, args.compile)
+    update = GraphedUpdate(lambda: learner.update(rollout), device, args.cudagraph and num_processes == 1, args.compile)
     if rank > 0:
         torch.manual_seed(seed)
     num_threads, rollout_size = torch.get_num_threads(), args.rollout_steps * num_envs
@@ -695,10 +631,7 @@ def main():
     if checkpoint is not None:
         obs, (global_step, num_updates), _ = restore_checkpoint(checkpoint, learner, envs)
     state = envs.state
-    run_folder, writer = open_run(args, global_step, rank)
-    if rank == 0:
-        flags = ", ".join(f"{name} {getattr(args, name)}" for name in ("sharing", *TUNED_FLAGS, "precision"))
-        print(f"{run_folder} on {num_processes} x {device}: {flags}, observations of {obs.shape[-1]} numbers")
+    run_folder, writer = open_run(args, device, global_step, rank)
     last_step = -(-args.total_timesteps // rollout_size) * rollout_size  # a rollout is always whole
     progress = tqdm(total=last_step, initial=global_step, unit="step", unit_scale=True, disable=rank > 0)
 
@@ -706,18 +639,17 @@ def main():
         previous_step, round_start = global_step, time.perf_counter()
 
         # act: the weights stay the same for a whole rollout, and so do the effective ones
+        steps = []
         with torch.no_grad():
             layers, std = actor.effective_layers(), actor.std()
-        torch.set_num_threads(1)  # waiting threads of PyTorch spin on cores that the physics could use
-        steps = []
-        for _ in range(args.rollout_steps):
-            with torch.no_grad():
+            torch.set_num_threads(1)  # waiting threads of PyTorch spin on cores that the physics could use
+            for _ in range(args.rollout_steps):
                 actions = actor.sample(torch.as_tensor(obs, device=device), layers, std)
-            obs, reward, terminated, truncated, infos = envs.step(actor.to_bounds(actions).cpu().numpy())
-            steps.append((state, actions.cpu().numpy(), reward, infos["final_state"], terminated, truncated))
-            state = infos["state"]
-            global_step += num_envs
-            log_episodes(writer, infos, global_step)
+                obs, reward, terminated, truncated, infos = envs.step(actor.to_bounds(actions).cpu().numpy())
+                steps.append((state, actions.cpu().numpy(), reward, infos["final_state"], terminated, truncated))
+                state = infos["state"]
+                global_step += num_envs
+                log_episodes(writer, infos, global_step)
         rollout.store(steps)
 
         # learn

@@ -18,7 +18,8 @@ import dataclasses
 import functools
 import os
 import time
-from typing import Literal, NamedTuple
+from types import SimpleNamespace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -30,9 +31,8 @@ from experiment import processes
 from experiment.checkpoints import check_resumed, read_checkpoint, restore_checkpoint, write_checkpoint
 from experiment.command_line import fail, require
 from experiment.films import open_viewer, save_film
-from experiment.hardware import device_type, keep_freed_memory, resolve_precision
+from experiment.hardware import device_type, resolve_precision
 from experiment.mask_pictures import log_mask_shares, log_masks
-from experiment.processes import all_reduce_mean
 from experiment.run_folder import log_episodes, log_evaluation, log_scalars, open_run, reached
 from experiment.saved_models import evaluate_model, save_model
 from experiment.stopping import StopSignals, stop_if_diverged
@@ -53,9 +53,7 @@ class Args:
     save_model: bool = False  # write actor and critic to model.pt in the run's folder, at every evaluation
     capture_video: bool = False  # film an episode of each evaluation: a GIF in the run's folder, or beside the model
     render: bool = False  # show an episode of each evaluation in a window, unless it is filmed
-    track: bool = False  # log to Weights & Biases as well, which then must be installed
-    wandb_project_name: str = "kaleidoscope-mamujoco"  # Weights & Biases' project
-    wandb_entity: str | None = None  # Weights & Biases' user or team
+    track: bool = False  # log to Weights & Biases as well, to the project and team in WANDB_PROJECT and WANDB_ENTITY
     checkpoint_interval: int = 0  # environment steps between two checkpoints, for --resume; 0: none
     resume: str | None = None  # go on with the run in this folder, with its flags; --total-timesteps may move its end
     evaluate: str | None = None  # do not train: evaluate the model in this file, on the task it was trained on
@@ -70,7 +68,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # of networks and updates; auto takes the GPU if there is one
     num_threads: int = 0  # for the physics, 0 for one per CPU; OMP_NUM_THREADS sets PyTorch's
     precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"  # of hidden products; auto: the fastest here
-    cudagraph: bool = True  # on a GPU, launch a whole update at once and not kernel by kernel
+    cudagraph: bool = True  # on a GPU, one process launches a whole update at once and not kernel by kernel
     compile: bool = False  # let torch.compile fuse the updates' kernels, which takes minutes at the start
 
     # MATD3
@@ -166,10 +164,7 @@ class MaskedLinear(nn.Module):
 
 
 def masked_linear(x, weight, bias):
-    """x (B, in) or (M, B, in) through M effective layers (M, out, in) in one product: (M, B, out), in the bias's dtype.
-
-    The product is made in the weight's dtype: in bfloat16, operands and result are rounded to 8 bits, sums are float32.
-    """
+    """x (B, in) or (M, B, in) through M effective layers (M, out, in) in one product, in their dtype: (M, B, out)."""
     x = x.to(weight.dtype).expand(len(weight), -1, -1)
     if weight.dtype != bias.dtype:
         return bias + x @ weight.mT
@@ -282,20 +277,18 @@ def diversity_loss(network, layer_weights, weighted=True):
 
 
 class AdaptiveCoefficient(nn.Module):
-    """The weight of the diversity loss: |beta * mean(RL losses) / mean(diversity losses)| over the latest `length`.
-
-    The histories are rings on the device, with equally many losses, so that the ratio of sums is that of means.
-    """
+    """The weight of the diversity loss: |beta * mean(RL losses) / mean(diversity losses)| over the latest `length`."""
 
     def __init__(self, beta, length, device):
         super().__init__()
         self.beta = beta
+        # rings on the device, with equally many losses, so that the ratio of their sums is that of means
         self.register_buffer("losses", torch.zeros(2, length, device=device))
         self.register_buffer("slot", torch.zeros(1, dtype=torch.long, device=device))
 
     def forward(self, rl_loss, diversity):
         latest = torch.stack([rl_loss, diversity]).detach()
-        all_reduce_mean([latest])
+        processes.all_reduce_mean([latest])
         self.losses.index_copy_(1, self.slot, latest[:, None])
         self.slot.add_(1).remainder_(self.losses.shape[1])
         rl_sum, diversity_sum = self.losses.sum(1)
@@ -321,32 +314,16 @@ def reset_actor(actor, ratio):
     return num_reset
 
 
-def member_to_reset(step, args):
-    """The ensemble's members take turns: 0 at the first reset, then 1, ..., K - 1, 0, ...."""
-    return (step // args.critic_reset_interval - 1) % args.num_critics
-
-
 @torch.no_grad()
-def reset_critic(critic, member):
-    """Draw one member's thresholds afresh."""
+def reset_critic(critic, number):
+    """Draw the thresholds of one member afresh. Members take turns: 0 at reset number 1, then 1, .... Returns which."""
     for layer in critic.layers:
+        member = (number - 1) % len(layer.thresholds)
         layer.thresholds[member] = layer.fresh_thresholds()[member]
+    return member
 
 
 # ---- n-step replay ----
-class Batch(NamedTuple):
-    """What an update works on: n-step transitions as the networks see them."""
-
-    state: torch.Tensor  # (B, S), standardised
-    obs: torch.Tensor  # (B, N, O)
-    actions: torch.Tensor  # (B, N, act)
-    reward: torch.Tensor  # (B,), discounted sum of the n-step return's rewards
-    discount: torch.Tensor  # (B,), gamma to the power of their number
-    next_state: torch.Tensor  # (B, S), standardised, where the return bootstraps
-    next_obs: torch.Tensor  # (B, N, O)
-    terminated: torch.Tensor  # (B,) bool
-
-
 class Replay:
     """A ring of `rows` steps of E environments, on the device. It holds states only: they imply the observations."""
 
@@ -369,10 +346,7 @@ class Replay:
         self.filled = torch.zeros((), dtype=torch.long, device=device)
 
     def add(self, steps):
-        """Store steps, a list of (state, actions, reward, next_state, terminated, truncated), arrays of E rows each.
-
-        All steps go to the device together, in six copies.
-        """
+        """Store steps, a list of (state, actions, reward, next_state, terminated, truncated), arrays of E rows each."""
         row = ((self.next_row + torch.arange(len(steps), device=self.state.device)) % self.rows)[-self.rows :]
         stacked = (torch.from_numpy(np.stack(values)) for values in zip(*steps[-self.rows :], strict=True))
         *arrays, terminated, truncated = stacked
@@ -397,22 +371,22 @@ class Replay:
         return (rewards * taken).sum(1), self.gamma**num_taken, (row + num_taken - 1) % self.rows
 
     def sample(self, batch_size):
-        """Draw a Batch with replacement, uniformly over what is stored."""
+        """A batch of n-step transitions as the networks see them, drawn with replacement, uniformly."""
         device = self.reward.device
         # float64, so that every row can be drawn and rounding never reaches `filled`
         row = (torch.rand(batch_size, dtype=torch.float64, device=device) * self.filled).long()
         env = torch.randint(self.num_envs, (batch_size,), device=device)
         reward, discount, last = self.n_step_return(row, env)
         state, next_state = self.state[row, env], self.next_state[last, env]
-        return Batch(
-            state=standardise(state),
-            obs=agent_observations(state, self.num_agents, columns=self.columns),
-            actions=self.actions[row, env],
-            reward=reward,
-            discount=discount,
-            next_state=standardise(next_state),
-            next_obs=agent_observations(next_state, self.num_agents, columns=self.columns),
-            terminated=self.terminated[last, env],
+        return SimpleNamespace(
+            state=standardise(state),  # (B, S)
+            obs=agent_observations(state, self.num_agents, columns=self.columns),  # (B, N, O)
+            actions=self.actions[row, env],  # (B, N, act)
+            reward=reward,  # (B,), discounted sum of the n-step return's rewards
+            discount=discount,  # (B,), gamma to the power of their number
+            next_state=standardise(next_state),  # (B, S), where the return bootstraps
+            next_obs=agent_observations(next_state, self.num_agents, columns=self.columns),  # (B, N, O)
+            terminated=self.terminated[last, env],  # (B,) bool
         )
 
 
@@ -461,7 +435,7 @@ class Learner(nn.Module):
         total = loss + coefficient * diversity
         self.critic_optimizer.zero_grad()
         total.backward()
-        all_reduce_mean([parameter.grad for parameter in self.critic.parameters()])
+        processes.all_reduce_mean([parameter.grad for parameter in self.critic.parameters()])
         self.critic_optimizer.step()
         return {
             "losses/critic": loss.detach(),
@@ -499,7 +473,7 @@ class Learner(nn.Module):
             total.backward(inputs=self.actor_parameters)  # leaves the critic's gradients alone
             # gradients towards networks of their own do not meet: one step at the end is one for each agent
             if args.sharing != "none" or agent == self.num_agents - 1:
-                all_reduce_mean([parameter.grad for parameter in self.actor_parameters])
+                processes.all_reduce_mean([parameter.grad for parameter in self.actor_parameters])
                 self.actor_optimizer.step()
                 self.actor_optimizer.zero_grad()
             logs.append(torch.stack([loss.detach(), diversity.detach(), coefficient]))
@@ -569,14 +543,11 @@ def make_env(args, seed, num_envs):
 
 @torch.no_grad()
 def evaluate(actor, envs, seed, watch=None):
-    """Deterministic actions until every environment's first episode has ended: returns (E,), lengths (E,).
-
-    To wait for all first episodes, and no others, counts long and short ones alike. `watch` sees environment 0's.
-    """
+    """Returns (E,) and lengths (E,) of every environment's first episode, by deterministic actions."""
     layers, device = actor.effective_layers(), actor.low.device
     returns, lengths, finished = np.zeros(envs.num_envs), np.zeros(envs.num_envs), np.zeros(envs.num_envs, bool)
     obs, _ = envs.reset(seed=seed + 1_000_000)  # other starts than training's, and the same every time
-    while not finished.all():
+    while not finished.all():  # all first episodes and no others, so that long and short ones count alike
         if watch is not None and not finished[0]:
             watch()
         obs, _, _, _, infos = envs.step(actor.act(torch.as_tensor(obs, device=device), layers).cpu().numpy())
@@ -616,7 +587,6 @@ def main():
     device, rank, num_processes = processes.setup_processes(args.device)
     if args.evaluate is not None:
         return evaluate_model(args, device, Actor, make_env, evaluate)
-    keep_freed_memory()
     stop = StopSignals()
 
     # set up: the same weights in all processes, other environments and draws
@@ -634,7 +604,7 @@ def main():
     def update(with_policy):
         return learner.update(replay.sample(-(-args.batch_size // num_processes)), with_policy)
 
-    graph = (device, args.cudagraph and num_processes == 1, args.compile)  # averaging gradients in a graph is untried
+    graph = (device, args.cudagraph and num_processes == 1, args.compile)
     updates = [GraphedUpdate(functools.partial(update, with_policy), *graph) for with_policy in (False, True)]
     if rank > 0:
         torch.manual_seed(seed)
@@ -643,21 +613,17 @@ def main():
     if checkpoint is not None:
         obs, (global_step, num_updates), logs = restore_checkpoint(checkpoint, learner, envs, replay)
     state = envs.state
-    run_folder, writer = open_run(args, global_step, rank)
-    if rank == 0:
-        flags = f"sharing {args.sharing}, n_step {args.n_step}, policy_freq {args.policy_freq}, {args.precision}"
-        print(f"{run_folder} on {num_processes} x {device}: {flags}, observations of {obs.shape[-1]} numbers")
+    run_folder, writer = open_run(args, device, global_step, rank)
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", unit_scale=True, disable=rank > 0)
 
     while global_step < args.total_timesteps and not stopping:
         previous_step, round_start = global_step, time.perf_counter()
 
         # act: the weights stay the same for a whole round, and so do the effective ones
+        steps = []
         with torch.no_grad():
             layers = actor.effective_layers()
-        steps = []
-        for _ in range(min(args.train_interval, -(-(args.total_timesteps - global_step) // num_envs))):
-            with torch.no_grad():
+            for _ in range(min(args.train_interval, -(-(args.total_timesteps - global_step) // num_envs))):
                 if global_step < args.warmup_steps:
                     uniform = torch.rand(args.num_envs, *space.shape, device=device)
                     actions = actor.low + (actor.high - actor.low) * uniform
@@ -665,12 +631,12 @@ def main():
                     actions = actor.act(torch.as_tensor(obs, device=device), layers)
                     noise = torch.randn_like(actions) * actor.scale * args.exploration_noise
                     actions = torch.clamp(actions + noise, actor.low, actor.high)
-            actions = actions.cpu().numpy()
-            obs, reward, terminated, truncated, infos = envs.step(actions)
-            steps.append((state, actions, reward, infos["final_state"], terminated, truncated))
-            state = infos["state"]
-            global_step += num_envs
-            log_episodes(writer, infos, global_step)
+                actions = actions.cpu().numpy()
+                obs, reward, terminated, truncated, infos = envs.step(actions)
+                steps.append((state, actions, reward, infos["final_state"], terminated, truncated))
+                state = infos["state"]
+                global_step += num_envs
+                log_episodes(writer, infos, global_step)
         replay.add(steps)
 
         # learn: what is reset learns before it acts
@@ -680,8 +646,7 @@ def main():
                 processes.broadcast_parameters(actor)
                 writer.add_scalar("resets/actor_weights", num_reset, global_step)
             if reset_due(args.critic_reset_interval, previous_step, global_step, args.total_timesteps):
-                member = member_to_reset(global_step, args)
-                reset_critic(critic, member)
+                member = reset_critic(critic, global_step // args.critic_reset_interval)
                 processes.broadcast_parameters(critic)
                 writer.add_scalar("resets/critic_member", member, global_step)
             for _ in range(args.updates_per_round):

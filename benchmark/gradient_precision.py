@@ -119,7 +119,7 @@ def looks(script, points, options, flags):
         nonlocal count
         count, looking = count + 1, count + 1 in points
         before = copy.deepcopy(learner) if looking else None
-        fields = batch._asdict() if script is matd3 else vars(batch)
+        fields = vars(batch)
         latest[:] = [{name: x.clone() for name, x in fields.items()}, *latest[:3]]
         logs = own(learner, batch, *arguments)
         if looking and script is matd3:

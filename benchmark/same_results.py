@@ -23,6 +23,7 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmark.compare_commits import check_out  # noqa: E402
 from benchmark.grid import read_events  # noqa: E402
 
 TIMES = ("charts/SPS", "charts/checkpoint_seconds")  # what differs from run to run
@@ -94,8 +95,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         before = Path(folder, "before")
         before.mkdir()
-        archive = subprocess.run(["git", "archive", options.commit], cwd=ROOT, stdout=subprocess.PIPE, check=True)
-        subprocess.run(["tar", "-x", "-C", before], input=archive.stdout, check=True)
+        check_out(options.commit, before)
         for script in options.scripts:
             for sharing in options.sharing:
                 runs = {Path(folder, f"{script}_{sharing}_{side}"): side for side in ("new", "old")}
@@ -105,7 +105,8 @@ def main():
                     started.append(start(path, flags | {"sharing": sharing}, run))
                 for run, process in zip(runs, started, strict=True):
                     if process.wait() != 0:
-                        sys.exit(f"{script} {sharing}: a run has failed:\n{(run / 'output').read_text()[-2000:]}")
+                        output = (run / "output").read_text()[-2000:]
+                        sys.exit(f"{script} {sharing}: a run has failed with code {process.returncode}:\n{output}")
                 new, old = map(results, runs)
                 compared += len(old)
                 for name in sorted(new.keys() | old.keys()):

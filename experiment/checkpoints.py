@@ -18,13 +18,12 @@ import torch
 from experiment.command_line import fail, warn
 from experiment.processes import any_process, rank_and_size
 
-FORMAT = 3
+FORMAT = 4
 DIGEST = "sha256"
 REPLAY_ARRAYS = ("state", "actions", "reward", "terminated", "ended")
 # what a resumed run may be given anew, since none of it changes what the run has learnt so far
 MAY_CHANGE = "resume total_timesteps device num_threads log_interval eval_interval eval_episodes save_model"
-MAY_CHANGE += " checkpoint_interval cudagraph compile capture_video render track wandb_project_name"
-MAY_CHANGE = frozenset(f"{MAY_CHANGE} wandb_entity".split())
+MAY_CHANGE = frozenset(f"{MAY_CHANGE} checkpoint_interval cudagraph compile capture_video render track".split())
 
 
 # ---- Files ----

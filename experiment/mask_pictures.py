@@ -154,8 +154,13 @@ def draw(network, name):
 
 # ---- TensorBoard ----
 def log_mask_shares(writer, learner, step):
-    """Write each layer's share of zeros, and the share of weights that one mask keeps and another drops."""
+    """Write each layer's share of zeros, and the share of weights that one mask keeps and another drops.
+
+    Writes nothing for a single network without masks.
+    """
     for name, network in (("actor", learner.actor), ("critic", learner.critic)):
+        if len(network.layers[0].thresholds) == 1 and not masks_act(network):
+            continue
         for layer, share in enumerate(sparsity(network).tolist(), start=1):
             writer.add_scalar(f"masks/{name}_sparsity_layer{layer}", share, step)
         writer.add_scalar(f"masks/{name}_difference", mask_difference(network).item(), step)

@@ -12,12 +12,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from experiment.hardware import device_type
+from experiment.hardware import device_type, keep_freed_memory
 
 
 def setup_processes(device):
     """(torch.device, rank, number of processes) from auto, cpu or cuda: joins the others that torchrun has started."""
     kind = device_type(device)
+    keep_freed_memory()
     if not {"WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys():
         return torch.device(kind), 0, 1
     if kind == "cuda":

@@ -18,10 +18,11 @@ from experiment.command_line import fail, warn
 from experiment.processes import broadcast_object
 
 
-def open_run(args, global_step, rank=0):
+def open_run(args, device, global_step, rank=0):
     """(run folder, writer): new ones, or with --resume the run's, at the step of its checkpoint.
 
-    Of several processes, the first one writes.
+    Prints the folder, the device and all flags that are not at their defaults, or were none before. Of several
+    processes, the first one writes.
     """
     if rank > 0:
         return broadcast_object(None), NoWriter()
@@ -36,6 +37,8 @@ def open_run(args, global_step, rank=0):
         writer = Writer(run_folder, lock)
         rows = "\n".join(f"|{name}|{value}|" for name, value in dataclasses.asdict(args).items())
         writer.add_text("hyperparameters", f"|name|value|\n|-|-|\n{rows}")
+    changed = (f for f in dataclasses.fields(args) if getattr(args, f.name) != f.default and f.name != "resume")
+    print(f"{run_folder} on {device}: {', '.join(f'{f.name} {getattr(args, f.name)}' for f in changed)}")
     return broadcast_object(run_folder), writer
 
 
@@ -79,7 +82,8 @@ def wait_for_new_name(run_folder):
 def start_tracking(args, run_folder):
     """Let Weights & Biases take all that TensorBoard is given; it must be asked before the writer is made."""
     name = os.path.basename(os.path.normpath(run_folder))
-    settings = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=name, id=name, resume="allow")
+    project = os.environ.get("WANDB_PROJECT", "kaleidoscope-mamujoco")
+    settings = dict(project=project, name=name, id=name, resume="allow")
     try:
         import wandb
 

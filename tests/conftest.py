@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -37,7 +39,7 @@ def make_batch():
         def normal(*shape):
             return torch.randn(*shape, generator=generator, dtype=dtype)
 
-        return script.Batch(
+        return SimpleNamespace(
             state=normal(size, 7),
             obs=normal(size, num_agents, 7 + num_agents),
             actions=normal(size, num_agents, 2).clamp(-0.5, 0.5),

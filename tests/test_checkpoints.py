@@ -506,7 +506,7 @@ def test_a_runs_own_values_and_what_may_change_are_accepted(stopped, capsys):
 
     changes = dict(total_timesteps=361, device="auto", num_threads=2, log_interval=7, eval_interval=8, eval_episodes=9)
     changes |= dict(save_model=False, checkpoint_interval=10, capture_video=True, render=True)
-    changes |= dict(track=True, wandb_project_name="masks", wandb_entity="us", cudagraph=False, compile=True)
+    changes |= dict(track=True, cudagraph=False, compile=True)
     assert {"resume", *changes} == checkpoints.MAY_CHANGE
     for name, value in changes.items():
         flag = name.replace("_", "-")

@@ -149,8 +149,9 @@ def wandb(monkeypatch):
     return calls
 
 
-def test_weights_and_biases_get_what_tensorboard_gets(wandb, tmp_path):
-    flags = ["--track", "--wandb-project-name", "masks", "--checkpoint-interval", "40"]
+def test_weights_and_biases_get_what_tensorboard_gets(wandb, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_PROJECT", "masks")
+    flags = ["--track", "--checkpoint-interval", "40"]
     code, _, err = run_main(script, *TINY.split(), *flags, cwd=tmp_path)
     assert code == 0, err
     (folder,) = (tmp_path / "runs").iterdir()

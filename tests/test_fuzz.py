@@ -10,7 +10,6 @@ import itertools
 import math
 import os
 import re
-import signal
 import sys
 import time
 import warnings
@@ -21,6 +20,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from run_scripts import SignalInBlock
 
 import kalei_mappo_mamujoco
 import kalei_matd3_mamujoco
@@ -66,16 +66,8 @@ def outcome(function, *arguments):
     return Outcome(code, texts[0], texts[1] + "".join(f"{warning.message}\n" for warning in warned), result)
 
 
-class Stop:
-    """Stands in for StopSignals, without handlers: as if a signal came in block number `block`."""
-
-    def __init__(self, block):
-        self.block, self.seen = block, 0
-
-    @property
-    def received(self):
-        self.seen += 1  # the loop asks once a block
-        return signal.SIGTERM if self.seen >= self.block else None
+class Stop(SignalInBlock):
+    """One after which main() returns."""
 
     def exit(self):
         pass

@@ -93,14 +93,13 @@ class HarlValueNorm:
 )
 def test_value_norm_is_harls(scale, shift, beta):
     torch.manual_seed(0)
-    ours, theirs, values = mappo.ValueNorm(beta).double(), HarlValueNorm(beta), torch.randn(6).double()
-    torch.testing.assert_close(ours.denormalise(values), theirs.denormalise(values))  # before any update
+    ours, theirs = mappo.Critic(STATE, mappo.Args(value_norm_beta=beta, hidden_size=16)).double(), HarlValueNorm(beta)
+    assert [value.item() for value in ours.mean_std()] == pytest.approx(theirs.moments())  # before any update
     for number in range(4):
         returns = torch.randn(5, 3).double() * scale + shift * (1 + number)
-        ours.update(returns)
+        ours.update_value_norm(returns)
         theirs.update(returns)
-        torch.testing.assert_close(ours.normalise(values), theirs.normalise(values), rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(ours.denormalise(values), theirs.denormalise(values), rtol=1e-6, atol=1e-6)
+        assert [value.item() for value in ours.mean_std()] == pytest.approx(theirs.moments(), rel=1e-6, abs=1e-6)
 
 
 def harl_advantages(reward, values, masks, bad_masks, gamma, gae_lambda):

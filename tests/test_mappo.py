@@ -1,6 +1,7 @@
 """Kaleidoscope-MAPPO's pieces against plain loops: advantages, ValueNorm, losses, policies and sharing modes."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -102,11 +103,12 @@ def test_prepare_bootstraps_from_the_next_state_of_each_step(make_learner, make_
     learner = make_learner()
     rollout = make_rollout()
     critic = learner.critic
-    critic.value_norm.update(torch.randn(100) * 5 + 20)
+    critic.update_value_norm(torch.randn(100) * 5 + 20)
+    mean, std = critic.mean_std()
     with torch.no_grad():
         layers = critic.effective_layers()
         values, next_values = (
-            critic.value_norm.denormalise(critic(script.standardise(states).flatten(0, 1), layers)[0, :, 0])
+            critic(script.standardise(states).flatten(0, 1), layers)[0, :, 0] * std + mean
             for states in (rollout.state, rollout.next_state)
         )
     ends = (rollout.terminated, rollout.truncated, 0.99, 0.95)
@@ -114,7 +116,8 @@ def test_prepare_bootstraps_from_the_next_state_of_each_step(make_learner, make_
     batch, _ = learner.prepare(rollout)
     expected = (advantages - advantages.mean()) / advantages.std(correction=0)
     torch.testing.assert_close(batch.advantages, expected.flatten(), rtol=1e-3, atol=1e-3)
-    returns = critic.value_norm.normalise(advantages.flatten() + values)
+    mean, std = critic.mean_std()
+    returns = (advantages.flatten() + values - mean) / std
     torch.testing.assert_close(batch.returns, returns, rtol=1e-3, atol=1e-3)
 
 
@@ -144,67 +147,96 @@ def test_partial_observations_come_from_the_columns(make_learner, make_rollout):
 
 
 # ---- ValueNorm ----
+def make_critic(beta):
+    return script.Critic(STATE, script.Args(value_norm_beta=beta, hidden_size=16))
+
+
 def test_value_norm_equals_the_plain_formula():
     torch.manual_seed(0)
-    norm, beta = script.ValueNorm(0.9).double(), 0.9
+    critic, beta = make_critic(0.9).double(), 0.9
     mean_sum = square_sum = weight = 0.0
     for step in range(5):
         returns = torch.randn(40, dtype=torch.float64) * (step + 1) + 10
-        norm.update(returns)
+        critic.update_value_norm(returns)
         mean_sum = beta * mean_sum + (1 - beta) * returns.mean().item()
         square_sum = beta * square_sum + (1 - beta) * returns.square().mean().item()
         weight = beta * weight + (1 - beta)
         mean = mean_sum / weight
         std = math.sqrt(square_sum / weight - mean**2)
-        torch.testing.assert_close(norm.normalise(returns), (returns - mean) / std)
-        torch.testing.assert_close(norm.denormalise(norm.normalise(returns)), returns)
+        assert [value.item() for value in critic.mean_std()] == pytest.approx([mean, std])
     assert weight == pytest.approx(1 - beta**5)
 
 
 def test_value_norm_is_right_from_the_first_update_and_finite_before_it():
-    norm = script.ValueNorm(0.99999)
-    assert torch.isfinite(norm.denormalise(torch.randn(5))).all()
+    critic = make_critic(0.99999)
+    assert all(math.isfinite(value) for value in critic.mean_std()) and critic.mean_std()[1] > 0
     returns = torch.randn(1000) * 3 + 7
-    norm.update(returns)
-    normalised = norm.normalise(returns)
+    critic.update_value_norm(returns)
+    mean, std = critic.mean_std()
+    normalised = (returns - mean) / std
     assert normalised.mean().abs() < 0.02 and abs(normalised.std().item() - 1) < 0.02
 
 
 # ---- losses ----
-def test_surrogate_and_its_gradient_equal_a_plain_loop():
-    torch.manual_seed(0)
-    log_prob, old = torch.randn(2, AGENTS, 20, dtype=torch.float64) * 0.3
-    log_prob.requires_grad_()
-    advantages, clip = torch.randn(20, dtype=torch.float64), 0.2
-    ours = script.clipped_surrogate((log_prob - old).exp(), advantages, clip)
-    gradient = torch.autograd.grad(ours.sum(), log_prob)[0]
-    clipped = 0
+def test_the_policys_loss_equals_a_plain_loop(make_learner):
+    learner, clip = make_learner(torch.float64, sharing="full", clip=0.2, entropy_coef=0.0), 0.2
+    obs, actions = torch.randn(AGENTS, 20, STATE + AGENTS).double(), torch.randn(AGENTS, 20, ACT).double()
+    actor, advantages = learner.actor, torch.randn(20).double()
+    with torch.no_grad():
+        now = actor.log_prob(obs, actions, actor.effective_layers())
+    old = now + torch.randn(AGENTS, 20).double() * 0.3
+    batch = SimpleNamespace(obs=obs, actions=actions, log_prob=old, advantages=advantages)
+    logs = learner.update_actor(batch, slice(None))
+    losses, divergences, clipped, stopped = [], [], 0, 0
     for agent in range(AGENTS):
         for row in range(20):
-            ratio = math.exp(log_prob[agent, row].item() - old[agent, row].item())
-            advantage = advantages[row].item()
-            value = min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage)
-            assert ours[agent, row].item() == pytest.approx(value)
-            stops = (advantage > 0 and ratio > 1.2) or (advantage < 0 and ratio < 0.8)
-            assert gradient[agent, row].item() == pytest.approx(0.0 if stops else ratio * advantage)
-            clipped += stops
-    assert 5 < clipped < 55, "a test in which nothing or all is clipped tests nothing"
+            log_ratio, advantage = (now[agent, row] - old[agent, row]).item(), advantages[row].item()
+            ratio = math.exp(log_ratio)
+            losses.append(-min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage))
+            divergences.append(ratio - 1 - log_ratio)
+            clipped += abs(ratio - 1) > clip
+            stopped += (advantage > 0 and ratio > 1.2) or (advantage < 0 and ratio < 0.8)
+    assert 5 < stopped < clipped < 55, "a test in which nothing or all is clipped tests nothing"
+    assert logs["losses/policy"].item() == pytest.approx(sum(losses) / 60)
+    assert logs["losses/approx_kl"].item() == pytest.approx(sum(divergences) / 60)
+    assert logs["losses/clipfrac"].item() == pytest.approx(clipped / 60)
 
 
-def test_value_loss_equals_a_plain_loop():
-    torch.manual_seed(0)
-    values, old, returns = torch.randn(3, 60, dtype=torch.float64)
-    returns, clip, delta = returns * 3, 0.2, 1.5
-    ours = script.clipped_value_loss(values, old, returns, clip, delta)
+def test_no_gradient_comes_from_what_is_clipped(make_learner):
+    """Advantages whose ratios lie beyond the clip on their better side: nothing moves but Adam's idle moments."""
+    learner = make_learner(torch.float64, sharing="full", clip=0.2, entropy_coef=0.0)
+    obs, actions = torch.randn(AGENTS, 20, STATE + AGENTS).double(), torch.randn(AGENTS, 20, ACT).double()
+    advantages = torch.randn(20).double()
+    with torch.no_grad():
+        now = learner.actor.log_prob(obs, actions, learner.actor.effective_layers())
+    for sign, moves in ((1, False), (-1, True)):
+        before = [parameter.detach().clone() for parameter in learner.actor.parameters()]
+        batch = SimpleNamespace(obs=obs, actions=actions, log_prob=now - sign * 0.5 * advantages.sign())
+        batch.advantages = advantages
+        learner.update_actor(batch, slice(None))
+        changed = [not torch.equal(*pair) for pair in zip(before, learner.actor.parameters(), strict=True)]
+        assert any(changed) == moves
+
+
+def test_the_values_loss_equals_a_plain_loop(make_learner):
+    delta, clip = 1.5, 0.2
+    learner = make_learner(torch.float64, clip=clip, huber_delta=delta)
+    state, returns = torch.randn(60, STATE).double(), torch.randn(60).double() * 3
+    with torch.no_grad():
+        values = learner.critic(state, learner.critic.effective_layers()).flatten()
+    old = values + torch.randn(60).double()
+    logs = learner.update_critic(SimpleNamespace(state=state, values=old, returns=returns), slice(None))
 
     def huber(error):
         return error**2 / 2 if abs(error) <= delta else delta * (abs(error) - delta / 2)
 
-    assert ours.shape == (60,)
-    for loss, *numbers in zip(ours.tolist(), values.tolist(), old.tolist(), returns.tolist(), strict=True):
-        value, before, target = numbers
+    losses, clipped_is_worse = [], 0
+    for value, before, target in zip(values.tolist(), old.tolist(), returns.tolist(), strict=True):
         clipped = before + min(max(value - before, -clip), clip)
-        assert loss == pytest.approx(max(huber(target - value), huber(target - clipped)))
+        losses.append(max(huber(target - value), huber(target - clipped)))
+        clipped_is_worse += huber(target - clipped) > huber(target - value)
+    assert 10 < clipped_is_worse < 50, "both are to be the worse one now and then"
+    assert logs["losses/value"].item() == pytest.approx(sum(losses) / 60)
 
 
 # ---- policies ----
@@ -433,8 +465,7 @@ def test_without_sharing_an_update_equals_that_of_single_learners(num_agents):
     actions, advantages = torch.randn(num_agents, 40, ACT).double() / 2, torch.randn(40).double()
     with torch.no_grad():
         before = actor.log_prob(obs, actions, actor.effective_layers())
-    unused = dict(state=None, values=None, returns=None)
-    batch = script.Batch(obs=obs, actions=actions, log_prob=before, advantages=advantages, **unused)
+    batch = SimpleNamespace(obs=obs, actions=actions, log_prob=before, advantages=advantages)
     norms, clipped = [], 0
     for _ in range(6):
         logs = learner.update_actor(batch, rows)

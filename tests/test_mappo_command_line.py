@@ -29,11 +29,7 @@ METRICS = {
     "losses": "policy value entropy approx_kl clipfrac explained_variance actor_diversity",
     "coefficients": "actor",
     "values": "value",
-    "masks": " ".join(
-        f"{network}_{what}"
-        for network in ("actor", "critic")
-        for what in ("difference", *(f"sparsity_layer{layer}" for layer in range(1, 5)))
-    ),
+    "masks": "actor_difference " + " ".join(f"actor_sparsity_layer{layer}" for layer in range(1, 5)),
     "resets": "actor_weights",
 }
 
@@ -76,9 +72,8 @@ def test_a_run_logs_all_there_is(trained):
     assert all((value > 0) == masked for _, value in tags["resets/actor_weights"])
     assert all((value > 0) == masked for _, value in tags["masks/actor_difference"])
     assert all((value < 0) == masked for _, value in tags["losses/actor_diversity"])
-    for tag in ("masks/critic_difference", *(f"masks/critic_sparsity_layer{layer}" for layer in range(1, 5))):
-        assert all(value == 0 for _, value in tags[tag]), tag
-    assert f"sharing {sharing}, rollout_steps 10" in printed
+    assert masked or f"sharing {sharing}" in printed
+    assert "rollout_steps 10" in printed and "precision float32" in printed
     assert "640/640" in printed and "SPS=" in printed and "eval=" in printed
 
 
@@ -272,8 +267,9 @@ def test_partial_observations_train_resume_and_evaluate(tmp_path):
     flags = ("--env-id", "HalfCheetah-v5-6x1", "--agent-obsk", 1)
     code, out, err = run_main(script, *flags, *TINY, cwd=tmp_path)
     assert code == 0, err
-    assert "observations of 15 numbers" in out, "9 of the state and an id of 6"
     (folder,) = (tmp_path / "runs").iterdir()
+    model = torch.load(folder / "model.pt")
+    assert model["actor"]["layers.0.weight"].shape[-1] == 15, "9 of the state and an id of 6"
     code, out, err = run_main(script, "--resume", folder, "--total-timesteps", 700, cwd=tmp_path)
     assert code == 0, err
     code, out, err = run_main(script, "--evaluate", folder / "model.pt", "--eval-episodes", 2, cwd=tmp_path)

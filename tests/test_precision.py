@@ -3,6 +3,7 @@
 import shutil
 import signal
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ def make_batch(script, rows=24, seed=0):
         rollout.terminated.bernoulli_(0.2)
         return rollout
     obs = torch.randn(2, rows, AGENTS, STATE + AGENTS)
-    return matd3.Batch(
+    return SimpleNamespace(
         state=torch.randn(rows, STATE),
         obs=obs[0],
         actions=torch.rand(rows, AGENTS, ACT) - 0.5,
@@ -181,7 +182,7 @@ def test_tf32_is_float32_to_the_networks():
 
 def test_what_mappo_prepares_stays_float32():
     batch, known = make_learner(mappo, "bfloat16").prepare(make_batch(mappo))
-    for name, value in (batch._asdict() | known).items():
+    for name, value in (vars(batch) | known).items():
         assert value.dtype == torch.float32, name
 
 
@@ -215,7 +216,7 @@ def test_gradients_in_bfloat16_are_far_closer_to_float64_than_two_batches(script
     for seed in range(10, 13):
         update(script, learner, seed)
     batches = [make_batch(script, 200, seed) for seed in range(4)]
-    fields = [batch._asdict() if script is matd3 else vars(batch) for batch in batches]
+    fields = [vars(batch) for batch in batches]
     rows = compare(learner, matd3_update if script is matd3 else mappo_update, fields)
     assert {network for network, _ in rows} == {"actor", "critic"} and len(rows) > 15
     for name, row in rows.items():

@@ -5,6 +5,7 @@ tests/reference holds pairs NAME.npz, NAME.json; each is tested. The json holds 
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -170,7 +171,7 @@ def reference_batch(arrays, update):
     def get(name):
         return torch.as_tensor(arrays[f"update/batch{update}/{name}"])
 
-    return script.Batch(
+    return SimpleNamespace(
         state=get("state"),
         obs=get("obs"),
         actions=get("action"),

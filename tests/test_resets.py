@@ -77,7 +77,7 @@ def test_resets_leave_adam_and_targets_alone(learner):
 
 def test_critic_reset_draws_one_members_thresholds(learner):
     before = snapshot(learner)["critic"]
-    script.reset_critic(learner.critic, 2)
+    assert script.reset_critic(learner.critic, 3) == 2
     for key, value in learner.critic.state_dict().items():
         if key.endswith("thresholds"):
             assert (value[2] != before[key][2]).all()
@@ -112,6 +112,8 @@ def test_a_round_that_passes_a_multiple_reaches_it_once():
 
 
 def test_critic_members_take_turns():
-    args = script.Args()
-    members = [script.member_to_reset(step, args) for step in due_steps(args.critic_reset_interval, 10_000_000)]
+    args = script.Args(hidden_size=4)
+    critic = script.Critic(3, args)
+    steps = due_steps(args.critic_reset_interval, 10_000_000)
+    members = [script.reset_critic(critic, step // args.critic_reset_interval) for step in steps]
     assert members == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0]

@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ def matd3_batch(seed, rows=slice(None)):
     def normal(*shape):
         return torch.randn(*shape, generator=draw, dtype=torch.float64)
 
-    whole = matd3.Batch(
+    whole = SimpleNamespace(
         state=normal(12, STATE),
         obs=normal(12, AGENTS, STATE + AGENTS),
         actions=normal(12, AGENTS, ACT).clamp(-0.5, 0.5),
@@ -57,7 +58,7 @@ def matd3_batch(seed, rows=slice(None)):
         next_obs=normal(12, AGENTS, STATE + AGENTS),
         terminated=torch.rand(12, generator=draw) < 0.3,
     )
-    return matd3.Batch(*(part[rows] for part in whole))
+    return SimpleNamespace(**{name: part[rows] for name, part in vars(whole).items()})
 
 
 def mappo_rollout(seed, envs=slice(None)):
