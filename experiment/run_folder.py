@@ -21,8 +21,8 @@ from experiment.processes import broadcast_object
 def open_run(args, device, global_step, rank=0):
     """(run folder, writer): new ones, or with --resume the run's, at the step of its checkpoint.
 
-    Prints the folder, the device and all flags that are not at their defaults, or were none before. Of several
-    processes, the first one writes.
+    Prints the folder, the device and all flags that differ from their defaults, tuned values and the precision among
+    them. Of several processes, the first one writes.
     """
     if rank > 0:
         return broadcast_object(None), NoWriter()

@@ -31,7 +31,7 @@ def make_learner():
 
 @pytest.fixture
 def make_batch():
-    """A function that draws a Batch that fits make_learner's learners."""
+    """A function that draws a batch that fits make_learner's learners."""
 
     def make(size=12, num_agents=3, dtype=torch.float32, seed=0):
         generator = torch.Generator().manual_seed(seed)

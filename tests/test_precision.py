@@ -42,7 +42,7 @@ def make_learner(script, precision, sharing="kaleidoscope", seed=0, **changes):
 
 
 def make_batch(script, rows=24, seed=0):
-    """A Batch of MATD3 or a Rollout of MAPPO of as many rows, a multiple of 4, drawn at random."""
+    """A batch of MATD3 or a Rollout of MAPPO of as many rows, a multiple of 4, drawn at random."""
     torch.manual_seed(seed)
     if script is mappo:
         rollout = mappo.Rollout(rows // 4, 4, STATE, (AGENTS, ACT), CPU)

@@ -42,7 +42,7 @@ def mappo_learner():
 
 
 def matd3_batch(seed, rows=slice(None)):
-    """The rows of a Batch of 12."""
+    """The rows of a batch of 12."""
     draw = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
