@@ -9,7 +9,7 @@ and a loss that drives the masks apart: Li, Pan and Zhang, "Kaleidoscope: Learna
 Reinforcement Learning" (NeurIPS 2024, arXiv:2410.08540), who put them on MATD3. The algorithm under them is MAPPO (Yu
 et al. 2022, arXiv:2103.01955) with HARL's networks and tuned values (Zhong et al. 2024, arXiv:2304.09870).
 
-In shapes: B batch, N agents, M masks, T steps, E environments, S numbers of state, O of an observation.
+In shapes: B batch, N agents, M masks, T steps, E environments, S numbers of state, O of observation, act of action.
 """
 
 import dataclasses
@@ -60,18 +60,18 @@ class Args:
     env_id: str | None = None  # a robot and its division into agents; by default Ant-v2-4x2, or the model's
     agent_obsk: int | None = None  # agents see their joints and those so many steps away; by default the full state
     episode_limit: int = 1_000  # steps after which an episode is cut; a cut is not a termination
-    num_envs: int = 20  # environments stepped side by side (E)
+    num_envs: int = 20  # environments stepped side by side (E), by each process
 
     # speed
     device: Literal["auto", "cpu", "cuda"] = "auto"  # of networks and updates; auto takes the GPU if there is one
     num_threads: int = 0  # for the physics, 0 for one per CPU; OMP_NUM_THREADS sets PyTorch's
-    precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"  # of hidden products; auto: tf32 on a GPU
-    cudagraph: bool = True  # on a GPU, one process launches a whole update at once and not kernel by kernel
+    precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"  # of products; auto: tf32 on a GPU, else float32
+    cudagraph: bool = True  # on a GPU, launch a whole update at once, not kernel by kernel; not with several processes
     compile: bool = False  # let torch.compile fuse the updates' kernels, which takes minutes at the start
 
     # MAPPO
-    sharing: Literal["kaleidoscope", "full", "none"] = "kaleidoscope"  # agents share weights under masks, all, nothing
-    rollout_steps: int | None = None  # steps of every environment in a rollout (T); None, as in the next six: TUNED's
+    sharing: Literal["kaleidoscope", "full", "none"] = "kaleidoscope"  # actors share all but masks, all, or nothing
+    rollout_steps: int | None = None  # steps of every environment in a rollout (T); here to lr_decay, None is TUNED's
     num_epochs: int | None = None  # passes over a rollout
     num_minibatches: int | None = None  # minibatches that a pass divides the rollout into, an update each
     clip: float | None = None  # the probability ratio counts up to 1 +- this, and a value's change up to +- this
@@ -88,15 +88,15 @@ class Args:
 
     # masks of the actor, one an agent
     actor_threshold_scale: float = 5.0  # thresholds start as -(U[0, 1) * scale + bias); |W| > sigmoid(s) is kept
-    actor_threshold_bias: float = 4.0  # see actor_threshold_scale
+    actor_threshold_bias: float = 4.0  # of the first layer; the others' are shifted by the size of their weights
     actor_diversity_coef: float = 0.1  # beta: the diversity loss is scaled to this share of mean |surrogate|; 0: off
     actor_reset_interval: int = 1_000_000  # environment steps between two resets of weights that no mask keeps; 0: off
     actor_reset_ratio: float = 0.5  # probability that such a weight is reset
     threshold_lr: float = 0.05  # Adam's learning rate for thresholds, which have a long way to go in few updates
     threshold_eps: float = 1e-12  # Adam's epsilon for thresholds, whose gradients are up to a million times smaller
-    layer_weights: tuple[float, float, float, float] = (1.0, 2.0, 4.0, 8.0)  # lambda: layers in the diversity loss
+    layer_weights: tuple[float, float, float, float] = (1.0, 2.0, 4.0, 8.0)  # lambda: of layers, in diversity loss
     weighted_diversity: bool = True  # weigh differences of masks by |W|
-    history_length: int = 100  # updates whose losses are averaged for the adaptive coefficients
+    history_length: int = 100  # updates whose losses are averaged for the adaptive coefficient
 
 
 # what HARL tuned for MAPPO, taken for v5 tasks too; a flag that is set wins
@@ -144,7 +144,7 @@ class MaskedLinear(nn.Module):
         return -(torch.rand_like(self.thresholds) * self.threshold_scale + self.threshold_bias)
 
     def effective(self, masks=slice(None)):
-        """W and the bias as each of `masks` sees them: (len(masks), out, in) and what adds to (len(masks), B, out)."""
+        """What the masks in a slice make of W and bias: (m, out, in), and (out,) or, with `own`, (m, 1, out)."""
         weight, bias = (self.weight[masks], self.bias[masks]) if self.own else (self.weight, self.bias)
         kept = torch.relu(weight.abs() - torch.sigmoid(self.thresholds[masks]))
         return torch.sign(weight) * kept, bias
@@ -171,9 +171,9 @@ class OrthogonalLinear(MaskedLinear):
 
 
 def masked_linear(x, weight, bias):
-    """x (B, in) or (M, B, in) through M effective layers (M, out, in) in one product, in their dtype: (M, B, out)."""
+    """x (B, in) or (M, B, in) by M layers (M, out, in) -> (M, B, out): product in the weight's dtype, sum in bias's."""
     x = x.to(weight.dtype).expand(len(weight), -1, -1)
-    if weight.dtype != bias.dtype:
+    if weight.dtype != bias.dtype:  # bfloat16: operands and product are rounded, what follows is float32
         return bias + x @ weight.mT
     return torch.baddbmm(bias, x, weight.mT)
 
@@ -198,7 +198,7 @@ class MaskedMLP(nn.Module):
         for size in ((inputs, hidden), (hidden, hidden), (hidden, hidden), (hidden, outputs)):
             gain = output_gain if len(layers) == 3 else 2**0.5
             # sigmoid(s) is about exp(s), so that a shift by the log of a layer's size (rms of its weights, relative to
-            # the first layer's) gives all layers the same share of zeros: the last one starts 100 times smaller
+            # the first layer's) gives all layers the same share of zeros: the last one starts some 140 times smaller
             shift = math.log((gain / max(size) ** 0.5) / (2 / max(inputs, hidden)) ** 0.5)
             shape = (num_masks, 1, size[0]) if own else (1, size[0])
             norms.append(nn.ParameterDict({"weight": torch.ones(shape), "bias": torch.zeros(shape)}))
@@ -244,11 +244,11 @@ class Actor(MaskedMLP):
         self.register_buffer("real", (self.high > self.low).float()[:, None])  # (N, 1, act): 0 for padded actions
 
     def std(self):
-        """(act,) or (N, 1, act), at most 0.5."""
+        """(N, 1, act), since agents may also explore differently, or (act,) with `full`; at most 0.5."""
         return 0.5 * torch.sigmoid(self.log_std)
 
     def act(self, obs, layers):
-        """The best actions, for the environment: obs (B, N, obs) -> (B, N, act)."""
+        """The means as the environment takes them, for evaluation: obs (B, N, O) -> (B, N, act)."""
         return self.to_bounds(self(obs.transpose(-3, -2), layers).transpose(-3, -2))
 
     def to_bounds(self, actions):
@@ -256,15 +256,15 @@ class Actor(MaskedMLP):
         return actions.clamp(-1.0, 1.0) * self.scale + self.centre
 
     def sample(self, obs, layers, std):
-        """Random actions of the policy: obs (B, N, obs) -> (B, N, act)."""
+        """Random actions of the policy: obs (B, N, O) -> (B, N, act)."""
         mean = self(obs.transpose(-3, -2), layers)
         return (mean + torch.randn_like(mean) * std).transpose(-3, -2)
 
     def log_prob(self, obs, actions, layers):
-        """Log density of all of an agent's actions together: obs (N, B, obs), actions (N, B, act) -> (N, B)."""
+        """Log density of all of an agent's actions together: obs (N, B, O), actions (N, B, act) -> (N, B)."""
         mean, std = self(obs, layers), self.std()
         densities = -0.5 * ((actions - mean) / std).square() - torch.log(std) - 0.5 * math.log(2 * math.pi)
-        return (densities * self.real).sum(-1)
+        return (densities * self.real).sum(-1)  # padded actions have no part
 
     def entropy(self):
         """(), the mean over agents."""
@@ -275,8 +275,8 @@ class Critic(MaskedMLP):
     """The state's value, in std of returns, by a network of the same kind without masks: state (B, S) -> (1, B, 1)."""
 
     def __init__(self, state_size, args):
-        # in float32 always: after some epochs, bfloat16's errors in its gradients come near the noise
-        super().__init__(1, (state_size, args.hidden_size, 1), (20.0, 0.0), 1.0, "full")
+        # `full`: nothing is masked. float32: after some epochs, bfloat16's errors in gradients come near their noise
+        super().__init__(1, (state_size, args.hidden_size, 1), thresholds=(20.0, 0.0), output_gain=1.0, sharing="full")
         self.beta = args.value_norm_beta
         self.register_buffer("averages", torch.zeros(3))  # of returns, their squares, and 1: from 0, like Adam's
 
@@ -382,7 +382,7 @@ class Rollout:
 
     def store(self, steps):
         """Keep T steps, a list of (state, actions, reward, next_state, terminated, truncated), arrays of E rows."""
-        for stored, arrays in zip(vars(self).values(), zip(*steps, strict=True), strict=True):
+        for stored, arrays in zip(vars(self).values(), zip(*steps, strict=True), strict=True):  # in that order
             stored.copy_(torch.from_numpy(np.stack(arrays)).to(stored.dtype))
 
 
@@ -432,7 +432,7 @@ class Learner(nn.Module):
 
     @torch.no_grad()
     def prepare(self, rollout):
-        """What updates on a rollout work on, its B = T E steps, and the losses that are known before them."""
+        """(batch, logs): a rollout's B = T E steps as updates take them, and the losses that are known before them."""
         args, critic, shape = self.args, self.critic, rollout.reward.shape
         state = standardise(rollout.state).flatten(0, 1)
         both = torch.cat([state, standardise(rollout.next_state).flatten(0, 1)])
@@ -444,7 +444,7 @@ class Learner(nn.Module):
         returns = advantages + values
         critic.update_value_norm(returns)
         returns_mean, returns_std = critic.mean_std()
-        mean, std = processes.mean_std(advantages)
+        advantages_mean, advantages_std = processes.mean_std(advantages)
 
         obs = agent_observations(rollout.state.flatten(0, 1), self.num_agents, columns=self.columns)
         obs = obs.transpose(0, 1).contiguous()
@@ -454,7 +454,7 @@ class Learner(nn.Module):
             obs=obs,  # (N, B, O)
             actions=actions,  # (N, B, act)
             log_prob=self.actor.log_prob(obs, actions, self.actor.effective_layers()),  # (N, B), before the updates
-            advantages=((advantages - mean) / (std + 1e-5)).flatten(),  # (B,), normalised
+            advantages=((advantages - advantages_mean) / (advantages_std + 1e-5)).flatten(),  # (B,), normalised
             values=predictions[: len(state)],  # (B,), in std of returns, before the updates
             returns=((returns - returns_mean) / returns_std).flatten(),  # (B,), in std of returns
         )
@@ -479,8 +479,8 @@ class Learner(nn.Module):
         log_prob = self.actor.log_prob(batch.obs[:, rows], batch.actions[:, rows], self.actor.effective_layers())
         log_ratio = log_prob - batch.log_prob[:, rows]  # (N, b)
         ratio = log_ratio.exp()  # the product over an agent's action dimensions
-        advantages, clipped = batch.advantages[rows], ratio.clamp(1 - args.clip, 1 + args.clip)
-        surrogate = torch.minimum(ratio * advantages, clipped * advantages)
+        advantages, clipped = batch.advantages[rows], ratio.clamp(1 - args.clip, 1 + args.clip)  # (b,), (N, b)
+        surrogate = torch.minimum(ratio * advantages, clipped * advantages)  # (N, b), PPO's, to be maximised
         entropy = self.actor.entropy()
         loss = -surrogate.mean()
         diversity = torch.zeros_like(loss)  # without masks
@@ -489,7 +489,7 @@ class Learner(nn.Module):
         # the surrogate is about 0 on average, whatever its size: its mean absolute value is the scale
         coefficient = self.actor_coefficient(surrogate.abs().mean(), diversity)
         total = loss - args.entropy_coef * entropy + coefficient * diversity
-        own = args.sharing == "none"  # N learners side by side: each has its own loss, norm and (as always) Adam
+        own = args.sharing == "none"  # N learners side by side, each with its own loss and norm; Adam is by element
         self.step(self.actor_optimizer, self.actor, total * self.num_agents if own else total, own)
         return {
             "losses/policy": loss.detach(),
@@ -507,7 +507,7 @@ class Learner(nn.Module):
         old, returns = batch.values[rows], batch.returns[rows]
         clipped = old + (values - old).clamp(-args.clip, args.clip)
         huber = nn.HuberLoss(reduction="none", delta=args.huber_delta)
-        loss = torch.maximum(huber(values, returns), huber(clipped, returns)).mean()
+        loss = torch.maximum(huber(values, returns), huber(clipped, returns)).mean()  # the worse of the two
         self.step(self.critic_optimizer, self.critic, loss)
         return {"losses/value": loss.detach()}
 
@@ -527,8 +527,8 @@ class Learner(nn.Module):
 class GraphedUpdate:
     """Calls `update`, compiled if asked for, and on a GPU as a CUDA graph: recorded once, launched as a whole.
 
-    A graph does again, on the same memory, what was recorded. It freezes what is no tensor: numbers in Python, such as
-    coefficients, and which way an `if` went. `update` must not wait for the device, and returns a dict of tensors.
+    A graph repeats what was recorded, on the same memory: what it returns, the next launch overwrites. It freezes what
+    is no tensor: Python's numbers, and which way an `if` went. `update` must not wait, and returns a dict of tensors.
     """
 
     def __init__(self, update, device, cudagraph, compile):
@@ -567,7 +567,7 @@ def make_env(args, seed, num_envs):
 
 @torch.no_grad()
 def evaluate(actor, envs, seed, watch=None):
-    """Returns (E,) and lengths (E,) of every environment's first episode, by deterministic actions."""
+    """(returns (E,), lengths (E,)) of each environment's first episode, without noise; `watch` sees the first one's."""
     layers, device = actor.effective_layers(), actor.low.device
     returns, lengths, finished = np.zeros(envs.num_envs), np.zeros(envs.num_envs), np.zeros(envs.num_envs, bool)
     obs, _ = envs.reset(seed=seed + 1_000_000)  # other starts than training's, and the same every time
@@ -615,7 +615,7 @@ def main():
     torch.manual_seed(args.seed)
     seed = processes.seed_of_process(args.seed, rank)
     envs = make_env(args, seed, args.num_envs)
-    space, num_envs = envs.single_action_space, args.num_envs * num_processes
+    space, all_envs = envs.single_action_space, args.num_envs * num_processes  # of all processes
     learner = Learner(envs.state_size, space.low, space.high, args, device, envs.columns)
     actor = learner.actor
     rollout = Rollout(args.rollout_steps, args.num_envs, envs.state_size, space.shape, device)
@@ -625,7 +625,7 @@ def main():
     update = GraphedUpdate(lambda: learner.update(rollout), device, args.cudagraph and num_processes == 1, args.compile)
     if rank > 0:
         torch.manual_seed(seed)
-    num_threads, rollout_size = torch.get_num_threads(), args.rollout_steps * num_envs
+    torch_threads, rollout_size = torch.get_num_threads(), args.rollout_steps * all_envs
     global_step, num_updates, status, stopping = 0, 0, {}, False
     obs, _ = envs.reset()
     if checkpoint is not None:
@@ -648,12 +648,12 @@ def main():
                 obs, reward, terminated, truncated, infos = envs.step(actor.to_bounds(actions).cpu().numpy())
                 steps.append((state, actions.cpu().numpy(), reward, infos["final_state"], terminated, truncated))
                 state = infos["state"]
-                global_step += num_envs
+                global_step += all_envs
                 log_episodes(writer, infos, global_step)
         rollout.store(steps)
 
-        # learn
-        torch.set_num_threads(num_threads)
+        # learn: resets come last, since a rollout is learnt from with the policy that made it
+        torch.set_num_threads(torch_threads)
         if args.lr_decay:
             learner.scale_learning_rates(1 - previous_step / args.total_timesteps)
         logs = update()

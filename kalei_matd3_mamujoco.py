@@ -10,7 +10,7 @@ Masks for Heterogeneous Multi-agent Reinforcement Learning" (NeurIPS 2024, arXiv
 the authors' released code decides.
 
 In shapes: B batch, N agents, K critics, M masks (N of the actor, K of the critic), E environments, S numbers of state,
-O of an observation.
+O of an observation, act of an agent's action.
 """
 
 import copy
@@ -62,17 +62,17 @@ class Args:
     env_id: str | None = None  # a robot and its division into agents; by default Ant-v2-4x2, or the model's
     agent_obsk: int | None = None  # agents see their joints and those so many steps away; by default the full state
     episode_limit: int = 1_000  # steps after which an episode is cut; a cut is not a termination
-    num_envs: int = 10  # environments stepped side by side (E)
+    num_envs: int = 10  # environments stepped side by side (E), by each process
 
     # speed
     device: Literal["auto", "cpu", "cuda"] = "auto"  # of networks and updates; auto takes the GPU if there is one
     num_threads: int = 0  # for the physics, 0 for one per CPU; OMP_NUM_THREADS sets PyTorch's
-    precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"  # of hidden products; auto: the fastest here
-    cudagraph: bool = True  # on a GPU, one process launches a whole update at once and not kernel by kernel
+    precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"  # auto: tf32 on GPUs, on CPUs bfloat16 if native
+    cudagraph: bool = True  # on a GPU, launch a whole update at once, not kernel by kernel; not with several processes
     compile: bool = False  # let torch.compile fuse the updates' kernels, which takes minutes at the start
 
     # MATD3
-    sharing: Literal["kaleidoscope", "full", "none"] = "kaleidoscope"  # agents share weights under masks, all, nothing
+    sharing: Literal["kaleidoscope", "full", "none"] = "kaleidoscope"  # actors share all but masks, all, or nothing
     buffer_size: int = 1_000_000  # transitions that the replay buffer holds
     batch_size: int = 1_000  # transitions in an update (B)
     warmup_steps: int = 10_000  # environment steps of uniformly random actions before the first update
@@ -153,7 +153,7 @@ class MaskedLinear(nn.Module):
         return -(torch.rand_like(self.thresholds) * self.threshold_scale + self.threshold_bias)
 
     def effective(self, masks=slice(None)):
-        """W and the bias as each of `masks` sees them: (len(masks), out, in) and what adds to (len(masks), B, out)."""
+        """What the masks in a slice make of W and bias: (m, out, in), and (out,) or, with `own`, (m, 1, out)."""
         weight, bias = (self.weight[masks], self.bias[masks]) if self.own else (self.weight, self.bias)
         kept = torch.relu(weight.abs() - torch.sigmoid(self.thresholds[masks]))
         return torch.sign(weight) * kept, bias
@@ -164,9 +164,9 @@ class MaskedLinear(nn.Module):
 
 
 def masked_linear(x, weight, bias):
-    """x (B, in) or (M, B, in) through M effective layers (M, out, in) in one product, in their dtype: (M, B, out)."""
+    """x (B, in) or (M, B, in) by M layers (M, out, in) -> (M, B, out): product in the weight's dtype, sum in bias's."""
     x = x.to(weight.dtype).expand(len(weight), -1, -1)
-    if weight.dtype != bias.dtype:
+    if weight.dtype != bias.dtype:  # bfloat16: operands and product are rounded, what follows is float32
         return bias + x @ weight.mT
     return torch.baddbmm(bias, x, weight.mT)
 
@@ -219,11 +219,11 @@ class Actor(MaskedMLP):
             self.register_buffer(name, torch.as_tensor(value))
 
     def act(self, obs, layers):
-        """All agents: obs (B, N, obs) -> actions (B, N, act)."""
+        """All agents: obs (B, N, O) -> actions (B, N, act)."""
         return torch.tanh(self(obs.transpose(-3, -2), layers)).transpose(-3, -2) * self.scale + self.centre
 
     def act_alone(self, obs, agent):
-        """One agent: its obs (B, obs) -> its actions (B, act)."""
+        """One agent: its obs (B, O) -> its actions (B, act)."""
         actions = torch.tanh(self(obs, self.effective_layers(slice(agent, agent + 1))).squeeze(-3))
         return actions * self.scale[agent] + self.centre[agent]
 
@@ -317,8 +317,8 @@ def reset_actor(actor, ratio):
 @torch.no_grad()
 def reset_critic(critic, number):
     """Draw the thresholds of one member afresh. Members take turns: 0 at reset number 1, then 1, .... Returns which."""
+    member = (number - 1) % len(critic.layers[0].thresholds)
     for layer in critic.layers:
-        member = (number - 1) % len(layer.thresholds)
         layer.thresholds[member] = layer.fresh_thresholds()[member]
     return member
 
@@ -414,7 +414,7 @@ class Learner(nn.Module):
         self.actor_coefficient = AdaptiveCoefficient(args.actor_diversity_coef, actor_length, device)
 
     def update_critic(self, batch):
-        """One step on the sum of the members' TD errors. Returns its losses as detached scalars on the device."""
+        """One step on the members' mean squared TD errors. Returns its losses as detached scalars on the device."""
         args = self.args
         with torch.no_grad():
             actor = self.target_actor
@@ -429,7 +429,7 @@ class Learner(nn.Module):
 
         critic_input = torch.cat([batch.state, batch.actions.flatten(-2)], -1)
         values = self.critic(critic_input, self.critic.effective_layers()).squeeze(-1)  # (K, B)
-        loss = (values - target).square().mean(-1).sum(-1)
+        loss = (values - target).square().mean(-1).sum(-1)  # (): mean over the batch, sum over members, as released
         diversity = diversity_loss(self.critic, args.layer_weights, args.weighted_diversity)
         coefficient = self.critic_coefficient(loss, diversity)
         total = loss + coefficient * diversity
@@ -456,15 +456,15 @@ class Learner(nn.Module):
             critic_layers = self.critic.effective_layers()
             weight, bias = critic_layers[0]
             joint_actions = batch.actions.flatten(-2)
-            first = masked_linear(torch.cat([batch.state, joint_actions], -1), weight, bias)
+            first = masked_linear(torch.cat([batch.state, joint_actions], -1), weight, bias)  # (K, B, hidden)
             action_columns = weight[..., batch.state.shape[-1] :].mT.to(first.dtype).contiguous()  # (K, N act, hidden)
         logs = []
         for agent in range(self.num_agents):
             own = slice(agent * act, (agent + 1) * act)
             actions = self.actor.act_alone(batch.obs[..., agent, :], agent)
             change = (actions - joint_actions[..., own]).expand(args.num_critics, -1, -1)
-            hidden = torch.baddbmm(first, change, action_columns[:, own])  # (K, B, hidden)
-            loss = -self.critic.after_first(hidden, critic_layers).mean()
+            hidden = torch.baddbmm(first, change, action_columns[:, own])  # (K, B, hidden): only this agent's columns
+            loss = -self.critic.after_first(hidden, critic_layers).mean()  # over members and batch
             diversity = torch.zeros_like(loss)  # without masks
             if args.sharing == "kaleidoscope":
                 diversity = diversity_loss(self.actor, args.layer_weights, args.weighted_diversity)
@@ -482,7 +482,7 @@ class Learner(nn.Module):
 
     @torch.no_grad()
     def update_targets(self):
-        """Polyak averaging: the critic's target once, each agent's once. That is N times for one which all share."""
+        """Polyak averaging: once for the critic's target; for the actor's, if agents share it, N times, as released."""
         times = 1 if self.args.sharing == "none" else self.num_agents
         rates = (self.args.polyak, 1 - (1 - self.args.polyak) ** times)
         pairs = ((self.critic, self.target_critic), (self.actor, self.target_actor))
@@ -503,8 +503,8 @@ class Learner(nn.Module):
 class GraphedUpdate:
     """Calls `update`, compiled if asked for, and on a GPU as a CUDA graph: recorded once, launched as a whole.
 
-    A graph does again, on the same memory, what was recorded. It freezes what is no tensor: numbers in Python, such as
-    coefficients, and which way an `if` went. `update` must not wait for the device, and returns a dict of tensors.
+    A graph repeats what was recorded, on the same memory: what it returns, the next launch overwrites. It freezes what
+    is no tensor: Python's numbers, and which way an `if` went. `update` must not wait, and returns a dict of tensors.
     """
 
     def __init__(self, update, device, cudagraph, compile):
@@ -543,7 +543,7 @@ def make_env(args, seed, num_envs):
 
 @torch.no_grad()
 def evaluate(actor, envs, seed, watch=None):
-    """Returns (E,) and lengths (E,) of every environment's first episode, by deterministic actions."""
+    """(returns (E,), lengths (E,)) of each environment's first episode, without noise; `watch` sees the first one's."""
     layers, device = actor.effective_layers(), actor.low.device
     returns, lengths, finished = np.zeros(envs.num_envs), np.zeros(envs.num_envs), np.zeros(envs.num_envs, bool)
     obs, _ = envs.reset(seed=seed + 1_000_000)  # other starts than training's, and the same every time
@@ -593,19 +593,19 @@ def main():
     torch.manual_seed(args.seed)
     seed = processes.seed_of_process(args.seed, rank)
     envs = make_env(args, seed, args.num_envs)
-    space, num_envs = envs.single_action_space, args.num_envs * num_processes
+    space, all_envs = envs.single_action_space, args.num_envs * num_processes  # of all processes
     learner = Learner(envs.state_size, space.low, space.high, args, device, envs.columns)
     actor, critic = learner.actor, learner.critic
-    rows, sizes = -(-min(args.buffer_size, args.total_timesteps) // num_envs), (envs.state_size, space.shape)
-    replay = Replay(rows, args.num_envs, *sizes, args.n_step, args.gamma, device, envs.columns)
+    rows = -(-min(args.buffer_size, args.total_timesteps) // all_envs)
+    replay = Replay(rows, args.num_envs, envs.state_size, space.shape, args.n_step, args.gamma, device, envs.columns)
     eval_envs = make_env(args, args.seed, args.eval_episodes) if args.eval_episodes and rank == 0 else None
     viewer = open_viewer(args, eval_envs)
 
     def update(with_policy):
         return learner.update(replay.sample(-(-args.batch_size // num_processes)), with_policy)
 
-    graph = (device, args.cudagraph and num_processes == 1, args.compile)
-    updates = [GraphedUpdate(functools.partial(update, with_policy), *graph) for with_policy in (False, True)]
+    graph = (device, args.cudagraph and num_processes == 1, args.compile)  # averaging gradients in a graph is untried
+    updates = {each: GraphedUpdate(functools.partial(update, each), *graph) for each in (False, True)}  # with_policy
     if rank > 0:
         torch.manual_seed(seed)
     global_step, num_updates, logs, status, stopping = 0, 0, {}, {}, False
@@ -623,7 +623,7 @@ def main():
         steps = []
         with torch.no_grad():
             layers = actor.effective_layers()
-            for _ in range(min(args.train_interval, -(-(args.total_timesteps - global_step) // num_envs))):
+            for _ in range(min(args.train_interval, -(-(args.total_timesteps - global_step) // all_envs))):
                 if global_step < args.warmup_steps:
                     uniform = torch.rand(args.num_envs, *space.shape, device=device)
                     actions = actor.low + (actor.high - actor.low) * uniform
@@ -635,7 +635,7 @@ def main():
                 obs, reward, terminated, truncated, infos = envs.step(actions)
                 steps.append((state, actions, reward, infos["final_state"], terminated, truncated))
                 state = infos["state"]
-                global_step += num_envs
+                global_step += all_envs
                 log_episodes(writer, infos, global_step)
         replay.add(steps)
 

@@ -10,7 +10,6 @@ Mesa's will do (Debian's libegl1 and libgl1).
 
 import io
 import os
-import struct
 import sys
 import time
 
@@ -128,8 +127,7 @@ def save_film(viewer, run_folder, writer, global_step):
     """Write what a Film has taken to a GIF in the folder and, as a moving image, to TensorBoard; else do nothing."""
     if isinstance(viewer, Film):
         gif = viewer.take()
-        width, height = struct.unpack("<HH", gif[6:10])
-        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
+        image = Summary.Image(height=HEIGHT, width=WIDTH, colorspace=3, encoded_image_string=gif)
         writer.add_summary(Summary(value=[Summary.Value(tag="videos/evaluation", image=image)]), global_step)
         write_gif(gif, os.path.join(run_folder, f"evaluation_{global_step}.gif"))
 

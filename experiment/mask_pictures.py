@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-UNMASKED = -500.0  # thresholds below this mask nothing: their sigmoid is 0
+NO_MASK_BELOW = -500.0  # thresholds below this mask nothing: their sigmoid is 0
 SMALLEST = -12.0  # what is smaller than 10 to this power, 0 included, counts as this power
 LARGEST_SAMPLE = 100_000  # values in a histogram
 
@@ -25,7 +25,7 @@ LARGEST_SAMPLE = 100_000  # values in a histogram
 # ---- What masks share ----
 def masks_act(network):
     """Whether the network has masks: without (--sharing full or none), all thresholds are about -1000."""
-    return any((layer.thresholds > UNMASKED).any().item() for layer in network.layers)
+    return any((layer.thresholds > NO_MASK_BELOW).any().item() for layer in network.layers)
 
 
 @torch.no_grad()
@@ -169,7 +169,7 @@ def log_mask_shares(writer, learner, step):
 def log_masks(writer, learner, step):
     """Write pictures, each layer's thresholds and weights as histograms of log10, and two shares of weights.
 
-    Writes nothing for a network without masks, where all thresholds are below UNMASKED.
+    Writes nothing for a network without masks, where all thresholds are below NO_MASK_BELOW.
     """
     for name, network in (("actor", learner.actor), ("critic", learner.critic)):
         if masks_act(network):

@@ -1,4 +1,4 @@
-"""Several processes, started by torchrun, that train one set of networks. Alone, none of this does anything.
+"""Several processes, started by torchrun, that train one set of networks. Alone, a process only keeps freed memory.
 
     torchrun --standalone --nproc_per_node=2 kalei_matd3_mamujoco.py
 
@@ -16,7 +16,10 @@ from experiment.hardware import device_type, keep_freed_memory
 
 
 def setup_processes(device):
-    """(torch.device, rank, number of processes) from auto, cpu or cuda: joins the others that torchrun has started."""
+    """(torch.device, rank, number of processes) from auto, cpu or cuda: joins the others that torchrun has started.
+
+    Lets the C library keep freed memory, too: see keep_freed_memory.
+    """
     kind = device_type(device)
     keep_freed_memory()
     if not {"WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys():

@@ -83,7 +83,7 @@ def start_tracking(args, run_folder):
     """Let Weights & Biases take all that TensorBoard is given; it must be asked before the writer is made."""
     name = os.path.basename(os.path.normpath(run_folder))
     project = os.environ.get("WANDB_PROJECT", "kaleidoscope-mamujoco")
-    settings = dict(project=project, name=name, id=name, resume="allow")
+    settings = dict(project=project, name=name, id=name, resume="allow")  # wandb reads WANDB_ENTITY itself
     try:
         import wandb
 
@@ -144,7 +144,7 @@ def log_episodes(writer, infos, global_step):
 
 
 def log_evaluation(writer, returns, lengths, global_step):
-    """Write mean and standard deviation of an evaluation's returns (E,) and the mean of its lengths (E,), and tell."""
+    """Write mean and standard deviation of returns (E,) and the mean of lengths (E,). Returns the first two as text."""
     for name, value in (("return", returns.mean()), ("return_std", returns.std()), ("length", lengths.mean())):
         writer.add_scalar(f"charts/eval_{name}", value, global_step)
     return f"{returns.mean():.1f}+-{returns.std():.1f}"

@@ -11,10 +11,8 @@ from experiment.films import open_viewer, write_gif
 def save_model(run_folder, learner, global_step):
     """Write actor, critic and arguments to model.pt in the folder, for --evaluate."""
     model = {"actor": learner.actor.state_dict(), "critic": learner.critic.state_dict()}
-    write(
-        os.path.join(run_folder, "model.pt"),
-        model | {"args": dataclasses.asdict(learner.args), "global_step": global_step},
-    )
+    model |= {"args": dataclasses.asdict(learner.args), "global_step": global_step}
+    write(os.path.join(run_folder, "model.pt"), model)
 
 
 def load_actor(path, env_id, device, actor_class, args_class):
@@ -44,7 +42,8 @@ def evaluate_model(args, device, actor_class, make_env, evaluate):
     result = f"return {returns.mean():.1f} +- {returns.std():.1f} (std), length {lengths.mean():.0f}"
     print(f"{trained.env_id}: {result}, {len(returns)} episodes")
     film = os.path.splitext(args.evaluate)[0] + ".gif"
-    if args.capture_video and write_gif(viewer.take(), film):
-        print(film)
-    if args.render:
+    if args.capture_video:
+        if write_gif(viewer.take(), film):
+            print(film)
+    elif args.render:
         viewer.close()

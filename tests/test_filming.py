@@ -112,7 +112,7 @@ def test_evaluations_are_filmed(opengl, without_screen, tmp_path):
     assert [event.step for event in events] == [40, 80]
     assert [event.encoded_image_string for event in events] == list(films.values())
     assert (events[0].width, events[0].height) == (320, 240)
-    flags = ["--capture-video", "--eval-episodes", 1, "--device", "cpu"]
+    flags = ["--capture-video", "--render", "--eval-episodes", 1, "--device", "cpu"]
     code, out, err = run_process(script, "--evaluate", folder / "model.pt", *flags, cwd=tmp_path)
     assert code == 0 and out.splitlines()[-1] == str(folder / "model.gif"), err
     assert len(frames_of((folder / "model.gif").read_bytes())[0]) >= 1
