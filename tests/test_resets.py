@@ -1,10 +1,13 @@
 """Resets: which weights, how many, what they become, what they leave alone, and when they are due."""
 
 import copy
+import itertools
 
 import pytest
 import torch
+from run_scripts import run_main
 
+import kalei_mappo_mamujoco as mappo
 import kalei_matd3_mamujoco as script
 from experiment.run_folder import reached
 
@@ -117,3 +120,35 @@ def test_critic_members_take_turns():
     steps = due_steps(args.critic_reset_interval, 10_000_000)
     members = [script.reset_critic(critic, step // args.critic_reset_interval) for step in steps]
     assert members == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0]
+
+
+# ---- When ----
+TINY = "--env-id Hopper-v2-3x1 --device cpu --num-threads 1 --total-timesteps 400 --num-envs 4 --hidden-size 16"
+TINY += " --eval-episodes 0 --log-interval 0 --actor-reset-interval 150"
+FLAGS = {
+    script: "--warmup-steps 100 --batch-size 20 --train-interval 10 --updates-per-round 4 --critic-reset-interval 100",
+    mappo: "--rollout-steps 10",
+}
+WHEN = {  # rounds of 40 steps; MATD3's first updates come after 120
+    script: "step critic update step actor update step critic update" + " step update" * 5,
+    mappo: "step update " * 4 + "actor" + " step update" * 6,
+}
+
+
+@pytest.mark.parametrize("module", WHEN, ids=["matd3", "mappo"])
+def test_resets_come_before_matd3s_updates_and_after_mappos(module, tmp_path, monkeypatch):
+    """As released, and since a rollout is learnt from with the policy that made it."""
+    events = []
+
+    def note(owner, name, event):
+        own = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args: events.append(event) or own(*args))
+
+    note(module, "log_episodes", "step")
+    note(module, "reset_actor", "actor")
+    note(module.Learner, "update", "update")
+    if module is script:
+        note(module, "reset_critic", "critic")
+    code, _, err = run_main(module, *TINY.split(), *FLAGS[module].split(), cwd=tmp_path)
+    assert code == 0, err
+    assert [event for event, _ in itertools.groupby(events)] == WHEN[module].split()
