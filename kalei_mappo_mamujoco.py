@@ -29,7 +29,7 @@ from experiment import processes
 from experiment.checkpoints import check_resumed, read_checkpoint, restore_checkpoint, write_checkpoint
 from experiment.command_line import fail, require
 from experiment.films import open_viewer, save_film
-from experiment.hardware import device_type, resolve_precision
+from experiment.hardware import device_type, keep_freed_memory, resolve_precision
 from experiment.mask_pictures import log_mask_shares, log_masks
 from experiment.run_folder import log_episodes, log_evaluation, log_scalars, open_run, reached
 from experiment.saved_models import evaluate_model, save_model
@@ -96,7 +96,7 @@ class Args:
     threshold_eps: float = 1e-12  # Adam's epsilon for thresholds, whose gradients are up to a million times smaller
     layer_weights: tuple[float, float, float, float] = (1.0, 2.0, 4.0, 8.0)  # lambda: of layers, in diversity loss
     weighted_diversity: bool = True  # weigh differences of masks by |W|
-    history_length: int = 100  # updates whose losses are averaged for the adaptive coefficient
+    deque_len: int = 100  # updates whose losses are averaged for the adaptive coefficient
 
 
 # what HARL tuned for MAPPO, taken for v5 tasks too; a flag that is set wins
@@ -411,7 +411,7 @@ class Learner(nn.Module):
         self.actor_optimizer = self.make_optimizer(self.actor, device)
         self.critic_optimizer = self.make_optimizer(self.critic, device)
         self.optimizers = [self.actor_optimizer, self.critic_optimizer]
-        self.actor_coefficient = AdaptiveCoefficient(args.actor_diversity_coef, args.history_length, device)
+        self.actor_coefficient = AdaptiveCoefficient(args.actor_diversity_coef, args.deque_len, device)
 
     def make_optimizer(self, network, device):
         """Adam, with learning rate and epsilon of their own for the thresholds."""
@@ -594,7 +594,7 @@ def parse_args(argv=None):
     for name, tuned in zip(TUNED_FLAGS, TUNED.get(str(args.env_id).replace("-v5", "-v2"), UNTUNED), strict=True):
         if getattr(args, name) is None:
             setattr(args, name, tuned)
-    for name in ("num_envs", "rollout_steps", "num_epochs", "num_minibatches", "history_length"):
+    for name in ("num_envs", "rollout_steps", "num_epochs", "num_minibatches", "deque_len"):
         require(getattr(args, name) >= 1, f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
     rows, parts = args.rollout_steps * args.num_envs, args.num_minibatches
     require(parts <= rows, f"--num-minibatches is {parts}, expected at most the {rows} steps of a rollout")
@@ -609,6 +609,7 @@ def main():
     device, rank, num_processes = processes.setup_processes(args.device)
     if args.evaluate is not None:
         return evaluate_model(args, device, Actor, make_env, evaluate)
+    keep_freed_memory()
     stop = StopSignals()
 
     # set up: the same weights in all processes, other environments and draws

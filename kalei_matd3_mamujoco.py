@@ -31,7 +31,7 @@ from experiment import processes
 from experiment.checkpoints import check_resumed, read_checkpoint, restore_checkpoint, write_checkpoint
 from experiment.command_line import fail, require
 from experiment.films import open_viewer, save_film
-from experiment.hardware import device_type, resolve_precision
+from experiment.hardware import device_type, keep_freed_memory, resolve_precision
 from experiment.mask_pictures import log_mask_shares, log_masks
 from experiment.run_folder import log_episodes, log_evaluation, log_scalars, open_run, reached
 from experiment.saved_models import evaluate_model, save_model
@@ -106,7 +106,7 @@ class Args:
     # masks of both
     layer_weights: tuple[float, float, float] = (1.0, 2.0, 4.0)  # lambda: of the layers, in the diversity loss
     weighted_diversity: bool = True  # weigh differences of masks by |W|
-    history_length: int = 100  # policy updates whose losses are averaged for the adaptive coefficients
+    deque_len: int = 100  # policy updates whose losses are averaged for the adaptive coefficients
 
 
 # (n_step, policy_freq) as tuned by the authors, taken for v5 tasks too; a flag that is set wins
@@ -408,8 +408,8 @@ class Learner(nn.Module):
         self.actor_optimizer = torch.optim.Adam(self.actor_parameters, lr=args.actor_lr, **adam)
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=args.critic_lr, **adam)
         self.optimizers = [self.actor_optimizer, self.critic_optimizer]
-        # in critic updates and in agents' updates, both the length of `history_length` policy updates
-        critic_length, actor_length = args.history_length * args.policy_freq, args.history_length * self.num_agents
+        # in critic updates and in agents' updates, both the length of `deque_len` policy updates
+        critic_length, actor_length = args.deque_len * args.policy_freq, args.deque_len * self.num_agents
         self.critic_coefficient = AdaptiveCoefficient(args.critic_diversity_coef, critic_length, device)
         self.actor_coefficient = AdaptiveCoefficient(args.actor_diversity_coef, actor_length, device)
 
@@ -571,7 +571,7 @@ def parse_args(argv=None):
     for name, tuned in zip(("n_step", "policy_freq"), tuned_values, strict=True):
         if getattr(args, name) is None:
             setattr(args, name, tuned)
-    for name in ("num_envs", "batch_size", "train_interval", "policy_freq", "n_step", "num_critics", "history_length"):
+    for name in ("num_envs", "batch_size", "train_interval", "policy_freq", "n_step", "num_critics", "deque_len"):
         require(getattr(args, name) >= 1, f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
     steps, warmup, stored = args.total_timesteps, args.warmup_steps, min(args.warmup_steps, args.buffer_size)
     require(steps > warmup, f"--total-timesteps is {steps}, expected more than --warmup-steps {warmup}")
@@ -587,6 +587,7 @@ def main():
     device, rank, num_processes = processes.setup_processes(args.device)
     if args.evaluate is not None:
         return evaluate_model(args, device, Actor, make_env, evaluate)
+    keep_freed_memory()
     stop = StopSignals()
 
     # set up: the same weights in all processes, other environments and draws

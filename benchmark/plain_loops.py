@@ -67,8 +67,8 @@ class PlainLearner:
         for agent in range(self.num_agents if self.args.sharing == "none" else 0):
             rows = [parameter.detach()[agent].clone() for parameter in self.actor.parameters()]
             self.alone.append((rows, torch.optim.Adam(rows, lr=self.args.actor_lr)))
-        critic_length = self.args.history_length * self.args.policy_freq
-        actor_length = self.args.history_length * self.num_agents
+        critic_length = self.args.deque_len * self.args.policy_freq
+        actor_length = self.args.deque_len * self.num_agents
         self.critic_history = deque(maxlen=critic_length), deque(maxlen=critic_length)
         self.actor_history = deque(maxlen=actor_length), deque(maxlen=actor_length)
 

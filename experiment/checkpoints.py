@@ -22,11 +22,22 @@ FORMAT = 4
 DIGEST = "sha256"
 REPLAY_ARRAYS = ("state", "actions", "reward", "terminated", "ended")
 # what a resumed run may be given anew, since none of it changes what the run has learnt so far
-MAY_CHANGE = """
-    resume total_timesteps device num_threads log_interval eval_interval eval_episodes save_model
-    checkpoint_interval cudagraph compile capture_video render track
-"""
-MAY_CHANGE = frozenset(MAY_CHANGE.split())
+MAY_CHANGE = {
+    "resume",
+    "total_timesteps",
+    "device",
+    "num_threads",
+    "log_interval",
+    "eval_interval",
+    "eval_episodes",
+    "save_model",
+    "checkpoint_interval",
+    "cudagraph",
+    "compile",
+    "capture_video",
+    "render",
+    "track",
+}
 
 
 # ---- Files ----

@@ -1,4 +1,4 @@
-"""Several processes, started by torchrun, that train one set of networks. Alone, a process only keeps freed memory.
+"""Several processes, started by torchrun, that train one set of networks. Alone, none of this does anything.
 
     torchrun --standalone --nproc_per_node=2 kalei_matd3_mamujoco.py
 
@@ -12,16 +12,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from experiment.hardware import device_type, keep_freed_memory
+from experiment.hardware import device_type
 
 
 def setup_processes(device):
-    """(torch.device, rank, number of processes) from auto, cpu or cuda: joins the others that torchrun has started.
-
-    Lets the C library keep freed memory, too: see keep_freed_memory.
-    """
+    """(torch.device, rank, number of processes) from auto, cpu or cuda: joins the others that torchrun has started."""
     kind = device_type(device)
-    keep_freed_memory()
     if not {"WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys():
         return torch.device(kind), 0, 1
     if kind == "cuda":

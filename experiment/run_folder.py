@@ -15,14 +15,14 @@ except ImportError:  # Windows
 from torch.utils.tensorboard import SummaryWriter
 
 from experiment.command_line import fail, warn
-from experiment.processes import broadcast_object
+from experiment.processes import broadcast_object, rank_and_size
 
 
 def open_run(args, device, global_step, rank=0):
     """(run folder, writer): new ones, or with --resume the run's, at the step of its checkpoint.
 
-    Prints the folder, the device and all flags that differ from their defaults, tuned values and the precision among
-    them. Of several processes, the first one writes.
+    Prints the folder, the number of processes, the device and all flags that differ from their defaults, tuned values
+    and the precision among them. Of several processes, the first one writes.
     """
     if rank > 0:
         return broadcast_object(None), NoWriter()
@@ -37,8 +37,9 @@ def open_run(args, device, global_step, rank=0):
         writer = Writer(run_folder, lock)
         rows = "\n".join(f"|{name}|{value}|" for name, value in dataclasses.asdict(args).items())
         writer.add_text("hyperparameters", f"|name|value|\n|-|-|\n{rows}")
-    changed = (f for f in dataclasses.fields(args) if getattr(args, f.name) != f.default and f.name != "resume")
-    print(f"{run_folder} on {device}: {', '.join(f'{f.name} {getattr(args, f.name)}' for f in changed)}")
+    defaults = {field.name: field.default for field in dataclasses.fields(args)}
+    changed = [f"{name} {value}" for name, value in vars(args).items() if value != defaults[name] and name != "resume"]
+    print(f"{run_folder} on {rank_and_size()[1]} x {device}: {', '.join(changed)}")
     return broadcast_object(run_folder), writer
 
 

@@ -15,7 +15,7 @@ def make_learner():
 
     def make(dtype=torch.float32, num_agents=3, seed=0, **changes):
         torch.manual_seed(seed)
-        settings = dict(hidden_size=16, num_critics=4, policy_freq=2, n_step=3, history_length=2) | changes
+        settings = dict(hidden_size=16, num_critics=4, policy_freq=2, n_step=3, deque_len=2) | changes
         settings.setdefault("actor_threshold_bias", 1.0)  # masks that differ from the start
         args = script.Args(**settings)
         high = np.linspace(0.5, 1.5, num_agents * 2, dtype=np.float32).reshape(num_agents, 2)

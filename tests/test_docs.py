@@ -197,6 +197,14 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in headings(linked), target
 
 
+def test_tables_are_tables():
+    """A row that was wrapped into prose has its bars in the middle of lines."""
+    for page in PAGES:
+        text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+        for line in re.sub(r"`[^`]*`", "", text).splitlines():
+            assert " | " not in line or line.lstrip().startswith("|"), f"{page.name}: {line}"
+
+
 def test_the_readme_is_one_screen():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 

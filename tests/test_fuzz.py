@@ -30,7 +30,7 @@ from mamujoco_env import TASKS, partitions_of
 SCRIPTS = {"matd3": kalei_matd3_mamujoco, "mappo": kalei_mappo_mamujoco}
 # a run of few updates, to be stopped early, with a checkpoint of 60 to 70 kB
 TINY = "--device cpu --env-id Hopper-v2-3x1 --num-envs 2 --num-threads 1 --hidden-size 4"
-TINY += " --history-length 2 --episode-limit 15 --eval-episodes 0 --log-interval 20 --checkpoint-interval 1000"
+TINY += " --deque-len 2 --episode-limit 15 --eval-episodes 0 --log-interval 20 --checkpoint-interval 1000"
 TINY = {
     "matd3": f"{TINY} --num-critics 2 --total-timesteps 120 --warmup-steps 40 --buffer-size 60 --batch-size 8"
     " --train-interval 10 --updates-per-round 2 --policy-freq 1 --n-step 2".split(),

@@ -416,7 +416,7 @@ def test_matd3s_values_are_those_of_the_released_configurations(env_id, n_step, 
     args, _ = matd3.parse_args(["--env-id", env_id])
     released = dict(n_step=n_step, policy_freq=policy_freq, batch_size=1000, buffer_size=1_000_000, gamma=0.99)
     released |= dict(exploration_noise=0.1, policy_noise=0.2, noise_clip=0.5, polyak=0.005, num_critics=5)
-    released |= dict(actor_lr=5e-4, critic_lr=1e-3, hidden_size=256, history_length=100, layer_weights=(1.0, 2.0, 4.0))
+    released |= dict(actor_lr=5e-4, critic_lr=1e-3, hidden_size=256, deque_len=100, layer_weights=(1.0, 2.0, 4.0))
     released |= dict(actor_threshold_scale=5.0, actor_threshold_bias=5.0, actor_diversity_coef=0.1)
     released |= dict(critic_threshold_scale=20.0, critic_threshold_bias=0.0, critic_diversity_coef=0.1)
     released |= dict(actor_reset_interval=1_000_000, actor_reset_ratio=0.5, critic_reset_interval=800_000)

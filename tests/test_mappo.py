@@ -29,7 +29,7 @@ def make_learner():
     def make(dtype=torch.float32, seed=0, **changes):
         torch.manual_seed(seed)
         settings = dict(rollout_steps=6, num_epochs=2, num_minibatches=2, clip=0.2, entropy_coef=0.01, lr=1e-3)
-        settings |= dict(lr_decay=False, hidden_size=16, history_length=3, num_envs=4) | changes
+        settings |= dict(lr_decay=False, hidden_size=16, deque_len=3, num_envs=4) | changes
         learner = script.Learner(STATE, *make_bounds(), script.Args(**settings), CPU)
         learner.actor.to(dtype)
         learner.critic.to(dtype)

@@ -152,7 +152,7 @@ MISTAKES = {
     "--rollout-steps 0": "--rollout-steps is 0",
     "--num-minibatches 0": "--num-minibatches is 0",
     "--num-minibatches 9 --num-envs 4 --rollout-steps 2": "8 steps of a rollout",
-    "--history-length 0": "--history-length is 0",
+    "--deque-len 0": "--deque-len is 0",
     "--evaluate no/such/model.pt": "no/such/model.pt",
     "--resume no/such/run": "no/such/run",
 }

@@ -27,7 +27,7 @@ MAPPO += " --save-model --num-threads 1"
 def make(script, **settings):
     """A small Learner, the same in all processes, in float64."""
     torch.manual_seed(0)
-    settings = dict(hidden_size=16, history_length=3, actor_threshold_bias=1.0) | settings
+    settings = dict(hidden_size=16, deque_len=3, actor_threshold_bias=1.0) | settings
     learner = script.Learner(STATE, -HIGH, HIGH, script.Args(**settings), torch.device("cpu"))
     return learner.double()
 
