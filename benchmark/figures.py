@@ -409,6 +409,9 @@ def write_iqm(normal, tasks, variants, styles, options):
         rows.append((variant, iqm(*samples), low, high))
         interval = "" if np.isnan(low) else f" [{low:.3f}, {high:.3f}]"
         print(f"  {variant}: {rows[-1][1]:.3f}{interval}")
+        seeds = [len(sample) for sample in samples]
+        if len(set(seeds)) > 1:
+            print(f"  warning: tasks with more seeds count for more: {variant} has {', '.join(map(str, seeds))}")
     if not rows:
         return
     draw_iqm(f"{options.out}_iqm.png", rows, styles, options)

@@ -141,6 +141,9 @@ def test_inter_quartile_mean_over_tasks_by_hand(two_tasks, draw, tmp_path):
     rows = {row.pop("variant"): row for row in rows_of(tmp_path / "out" / "figure_iqm.csv")}
     assert set(rows) == {"kaleidoscope", "full"} and "none: left out, since it has no runs on Ant-v2-4x2" in out
     assert [rows[name]["runs"] for name in ("kaleidoscope", "full")] == ["8", "5"]
+    assert [line for line in out.splitlines() if "warning" in line] == [
+        "  warning: tasks with more seeds count for more: full has 2, 3"
+    ]
     # 0, .25, (.5, .75, .75, .8), 1, 1: the middle half of eight
     assert float(rows["kaleidoscope"]["iqm"]) == pytest.approx((0.5 + 0.75 + 0.75 + 0.8) / 4)
     # .2, (.25, .5, .6), .75: a quarter of five rounds down to one
