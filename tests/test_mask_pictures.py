@@ -1,4 +1,4 @@
-"""What masks share against plain loops, the pictures of it, their place in TensorBoard, and benchmark/masks.py."""
+"""What masks share against plain loops, the pictures of it, their place in TensorBoard, and scripts of benchmark/."""
 
 import io
 import math
@@ -19,6 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 import kalei_mappo_mamujoco as mappo
 import kalei_matd3_mamujoco as matd3
 from benchmark import masks as script
+from benchmark import one_mask
 from experiment import mask_pictures
 from experiment.checkpoints import write
 from experiment.mask_pictures import mask_difference, sparsity
@@ -52,14 +53,14 @@ def models(tmp_path_factory):
 
 @pytest.fixture
 def run(monkeypatch, capsys, tmp_path):
-    """A function that runs the script in a folder of its own: (exit code, stdout, stderr)."""
+    """A function that runs a script in a folder of its own: (exit code, stdout, stderr)."""
 
-    def run_script(*arguments):
+    def run_script(*arguments, main=script.main):
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["masks.py", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", [main.__module__, *map(str, arguments)])
         code = 0
         try:
-            script.main()
+            main()
         except SystemExit as stop:
             code = stop.code
         return code, *capsys.readouterr()
@@ -280,3 +281,67 @@ def test_script_answers_bad_input_without_a_traceback(run, models, tmp_path, wha
     one_line = err.startswith("error: ") and err.count("\n") == 1
     assert code == 2 and (one_line or what in ("flag", "nothing")), "tyro has its own way to say it"
     assert complaint.lower() in err.lower() and "Traceback" not in out + err
+
+
+# ---- benchmark/one_mask.py ----
+@pytest.fixture(scope="module", params=[matd3, mappo], ids=["matd3", "mappo"])
+def hopper(request, tmp_path_factory):
+    """(script, args, environments, actor, file of its model) of an untrained Hopper, whose masks differ a lot."""
+    torch.manual_seed(0)
+    algorithm, folder = request.param, tmp_path_factory.mktemp("hopper")
+    flags = ["--env-id", "Hopper-v2-3x1", "--actor-threshold-bias", "1", "--actor-threshold-scale", "4"]
+    args, _ = algorithm.parse_args([*flags, "--hidden-size", "8", "--num-threads", "1"])
+    envs = algorithm.make_env(args, 1, 3)
+    space = envs.single_action_space
+    learner = algorithm.Learner(envs.state_size, space.low, space.high, args, torch.device("cpu"))
+    learner.actor.layers[-1].weight.data.mul_(30)  # untrained actions are all about 0 otherwise
+    save_model(folder, learner, 0)
+    yield algorithm, args, envs, learner.actor, folder / "model.pt"
+    envs.close()
+
+
+def test_one_mask_for_all_is_full_sharing_of_its_weights(hopper, run):
+    """The reference: an actor without masks, whose plain weights are what the mask of one agent leaves of W."""
+    algorithm, args, envs, actor, path = hopper
+    code, out, err = run(path, "--eval-episodes", 3, main=one_mask.main)
+    assert (code, err) == (0, "")
+    plain = algorithm.Actor(actor.layers[0].weight.shape[1], actor.low.numpy(), actor.high.numpy(), args)
+    plain.load_state_dict(actor.state_dict())
+    expected = [algorithm.evaluate(plain, envs, 1)[0]]
+    for agent in range(3):
+        for layer, masked in zip(plain.layers, actor.layers, strict=True):
+            size = masked.weight.abs() - torch.sigmoid(masked.thresholds[agent])
+            layer.weight.data = torch.where(size > 0, size * masked.weight.sign(), 0.0)
+            layer.thresholds.data.fill_(-mappo.UNMASKED)
+        expected.append(algorithm.evaluate(plain, envs, 1)[0])
+    names = ["each its own", "all agent 0's", "all agent 1's", "all agent 2's"]
+    lines = [
+        f"{name:>16}  {returns.mean():8.1f} +- {returns.std():.1f}"
+        for name, returns in zip(names, expected, strict=True)
+    ]
+    assert out.splitlines() == lines
+    assert len({line[16:] for line in lines}) >= 3, "masks which do not matter would pass whatever the script did"
+
+
+@pytest.mark.parametrize(
+    "what, complaint",
+    [
+        ("missing", "No such file"),
+        ("tensor", "; expected a model that --save-model wrote"),
+        ("full", "trained with --sharing full, expected --sharing kaleidoscope"),
+        ("none", "trained with --sharing none, expected --sharing kaleidoscope"),
+        ("--eval-episodes", "--eval-episodes is 0, expected at least 1"),
+        ("--num-threads", "--num-threads is 0, expected at least 1"),
+    ],
+)
+def test_one_mask_answers_bad_input_in_one_line(run, models, tmp_path, what, complaint):
+    path, flags = tmp_path / "model.pt", []
+    if what == "tensor":
+        write(path, torch.zeros(3))
+    elif what in ("full", "none"):
+        path = models(sharing=what)
+    elif what != "missing":
+        path, flags = models(), [what, 0]
+    code, out, err = run(path, *flags, main=one_mask.main)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1 and complaint in err
