@@ -32,8 +32,6 @@ class Options:
     """a file that --save-model wrote"""
     eval_episodes: int = 40
     """episodes a line"""
-    seed: int = 1
-    """of the episodes' starts"""
     num_threads: int = 1
     """threads of the processor"""
 
@@ -64,10 +62,10 @@ def main():
     require(masks_act(actor), f"{options.model}: trained with --sharing {mode}, expected --sharing kaleidoscope")
     args.num_threads = options.num_threads
     thresholds = [layer.thresholds.clone() for layer in actor.layers]
-    envs = script.make_env(args, options.seed, options.eval_episodes)
+    envs = script.make_env(args, args.seed, options.eval_episodes)
     for agent in (None, *range(len(thresholds[0]))):
         put_on(actor, thresholds, agent)
-        returns, _ = script.evaluate(actor, envs, options.seed)
+        returns, _ = script.evaluate(actor, envs, args.seed)
         name = "each its own" if agent is None else f"all agent {agent}'s"
         print(f"{name:>16}  {returns.mean():8.1f} +- {returns.std():.1f}", flush=True)
     envs.close()

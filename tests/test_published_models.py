@@ -1,6 +1,5 @@
 """The models in runs/reference are those whose curves lie beside them."""
 
-import importlib
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +7,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from benchmark.one_mask import script_of
 from experiment.saved_models import load_actor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,8 +22,7 @@ def test_there_are_models_to_try():
 def test_a_published_model_returns_what_its_curve_ends_at(path):
     curves = EventAccumulator(str(path.parent)).Reload()
     end, std = (curves.Scalars(f"charts/{name}")[-1].value for name in ("eval_return", "eval_return_std"))
-    algorithm = "mappo" if "output_gain" in torch.load(path, weights_only=True)["args"] else "matd3"
-    script = importlib.import_module(f"kalei_{algorithm}_mamujoco")
+    script = script_of(path)
     actor, args = load_actor(str(path), None, torch.device("cpu"), script.Actor, script.Args)
     args.num_threads = 1
     envs = script.make_env(args, 1, 6)
