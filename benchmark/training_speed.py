@@ -51,8 +51,8 @@ class Options:
     """what of --cudagraph and --compile the runs use; by default eager, and with a GPU also graphs"""
     rounds: int = 5
     """timed rounds of each run"""
-    warmup_rounds: int = 1
-    """rounds before these, not timed"""
+    warmup_rounds: int = 4
+    """rounds before these, not timed; a graph is recorded in the fourth call of an update, MAPPO's fourth round"""
 
 
 class Run:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from experiment.command_line import require
 from experiment.hardware import device_type
 
 
@@ -21,7 +22,10 @@ def setup_processes(device):
     if not {"WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys():
         return torch.device(kind), 0, 1
     if kind == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        gpu, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        expected = f"expected at most the {gpus} GPUs here, or --device cpu"
+        require(gpu < gpus, f"torchrun's --nproc_per_node is above {gpu}, {expected}")
+        torch.cuda.set_device(gpu)
     dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     return torch.device(kind), *rank_and_size()
 

@@ -64,7 +64,7 @@ def run_main(script, *flags, cwd, block=math.inf):
 
 def environment(**changes):
     """Of a process of its own: one thread, and our modules to import from anywhere, those of the tests too."""
-    modules = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    modules = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH"))))
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": modules} | changes
 
 

@@ -5,6 +5,7 @@ memory. What it cannot show is what CUDA itself asks of a graph; where there is 
 """
 
 import contextlib
+import copy
 import functools
 from types import SimpleNamespace
 
@@ -206,7 +207,8 @@ def train_matd3(learner, replay, device, wrap):
     torch.manual_seed(1)
     trace, logs, num_updates = [], {}, 0
     for number in range(10):
-        layers = learner.actor.effective_layers()
+        with torch.no_grad():  # else they keep gradients' nodes of this stream alive, which a graph must not meet
+            layers = learner.actor.effective_layers()
         replay.add([draw_step() for _ in range(5)])
         for _ in range(4):
             num_updates += 1
@@ -246,7 +248,8 @@ def train_mappo(learner, rollout, device, wrap):
     torch.manual_seed(1)
     trace = []
     for number in range(8):
-        layers = learner.actor.effective_layers()
+        with torch.no_grad():  # else they keep gradients' nodes of this stream alive, which a graph must not meet
+            layers = learner.actor.effective_layers()
         rollout.store([draw_step() for _ in range(6)])
         learner.scale_learning_rates(1 - number / 8)
         logs = update()
@@ -279,6 +282,53 @@ def compare(learners, expected, got):
     for a, b in zip(got, expected, strict=True):  # a GPU may choose other kernels for a graph
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert not torch.equal(expected[0]["actions"], expected[-2]["actions"])
+
+
+# ---- A GPU beside the CPU ----
+@pytest.mark.parametrize("sharing", ["kaleidoscope", "full", "none"])
+@pytest.mark.parametrize("name", ["matd3", "mappo"])
+def test_a_gpu_learns_what_the_cpu_learns(name, sharing, device):
+    """The same weights and rows, and no draws: losses of three updates, and Adam's moments after the first.
+
+    Without a GPU the stand-in is the CPU, whose results are the same.
+    """
+    torch.set_float32_matmul_precision("highest")
+    make, flags = {"matd3": (make_matd3, dict(policy_noise=0.0)), "mappo": (make_mappo, {})}[name]
+    logs, moments, weights = [], [], None
+    steps = None
+    for each in (torch.device("cpu"), device):
+        learner, store = make(each, sharing=sharing, **flags)
+        if weights is None:
+            weights, steps = copy.deepcopy(learner.state_dict()), [draw_step() for _ in range(6)]
+        learner.load_state_dict(weights)
+        if name == "mappo":
+            store.store(steps)
+            update = functools.partial(learner.update, store)
+        else:
+            store.add(steps)
+            torch.manual_seed(3)
+            row, env = torch.randint(6, (16,)).to(each), torch.randint(ENVS, (16,)).to(each)
+            reward, discount, last = store.n_step_return(row, env)
+            state, next_state = store.state[row, env], store.next_state[last, env]
+            batch = SimpleNamespace(
+                state=state,
+                obs=matd3.agent_observations(state, AGENTS),
+                actions=store.actions[row, env],
+                reward=reward,
+                discount=discount,
+                next_state=next_state,
+                next_obs=matd3.agent_observations(next_state, AGENTS),
+                terminated=store.terminated[last, env],
+            )
+            update = functools.partial(learner.update, batch, with_policy=True)
+        logs.append([{tag: value.cpu() for tag, value in update().items()}])
+        states = [optimizer.state_dict()["state"] for optimizer in learner.optimizers]
+        moments.append([state[i]["exp_avg"].cpu().clone() for state in states for i in state])
+        logs[-1] += [{tag: value.cpu() for tag, value in update().items()} for _ in range(2)]
+    torch.testing.assert_close(logs[1], logs[0], rtol=1e-3, atol=1e-5)
+    for a, b in zip(*moments, strict=True):
+        assert (a - b).norm() <= 1e-3 * b.norm()
+    assert logs[0][0] != logs[0][2]
 
 
 # ---- torch.compile ----

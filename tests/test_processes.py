@@ -1,7 +1,6 @@
 """Training in several processes: two of them, on Gloo, against each other and against one with all of their data."""
 
 import itertools
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import worker_of_processes as worker
+from run_scripts import environment, one_line, run_main
 from test_checkpoints import assert_same
 
 import kalei_mappo_mamujoco as mappo
@@ -22,10 +22,9 @@ ROOT = Path(matd3.__file__).parent
 def ranks(tmp_path_factory):
     """(folder, what each of two processes found at the end)."""
     folder = tmp_path_factory.mktemp("processes")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [str(ROOT / "tests" / "worker_of_processes.py"), str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
@@ -86,10 +85,9 @@ script.main()
 
 
 def torchrun(folder, *command, processes=2):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [*start, *map(str, command)]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=300)
     return done.returncode, done.stderr
 
 
@@ -162,3 +160,14 @@ def test_alone_nothing_is_exchanged():
     assert values.tolist() == [1.0, 4.0]
     assert [moment.item() for moment in mean_std(values)] == [2.5, 1.5]
     assert any_process(True, "cpu") is True
+
+
+@pytest.mark.parametrize("script", [matd3, mappo], ids=["matd3", "mappo"])
+def test_more_processes_than_gpus(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in dict(WORLD_SIZE=2, RANK=1, LOCAL_RANK=1, LOCAL_WORLD_SIZE=2, MASTER_ADDR="localhost").items():
+        monkeypatch.setenv(name, str(value))
+    code, out, err = run_main(script, "--device", "cuda", cwd=tmp_path)
+    assert code == 2 and one_line(err) and "--nproc_per_node" in err and not out
+    assert not list(tmp_path.iterdir())
