@@ -5,8 +5,8 @@
 An update draws a batch from the replay buffer, updates the critic and, every policy_freq updates, all agents in
 turn and the targets. Both learners start from the same weights and take turns, round by round; a round is
 policy_freq updates. Prints the median time of an update, and the floor: the floating-point operations of the matrix
-products that the method asks for, over the rate that this machine reaches on one large product; and that rate for
-products of several masks at once.
+products that the method asks for, over the rate that this machine reaches on one large product; that rate for products
+of several masks at once; and how many operations on tensors an update is, each a kernel or more on a GPU.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from typing import Literal
 
 import torch
 import tyro
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -63,6 +64,20 @@ def product_flops(learner, batch_size):
     agent_step = 2 * sum(actor) + sum(actor[1:]) + critics * 2 * (sum(critic[1:]) + action_columns)
     first_layer = critics * critic[0]
     return target + critic_step + (agents * agent_step + first_layer) / args.policy_freq
+
+
+class CountOperations(TorchDispatchMode):
+    """Counts operations that compute: not those that return a view of their input, or memory as it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        is_view = any(result.alias_info and not result.alias_info.is_write for result in operation._schema.returns)
+        is_memory = operation.overloadpacket.__name__ in ("empty", "empty_like", "empty_strided", "new_empty", "detach")
+        self.count += not is_view and not is_memory and operation.overloadpacket.__name__ != "_unsafe_view"
+        return operation(*args, **(kwargs or {}))
 
 
 def product_rate(a, b):
@@ -124,6 +139,12 @@ def main():
     print(f"floor: {flops / 1e9:.2f} GFLOP of products at {rate / 1e9:.0f} GFLOP/s = {flops / rate * 1000:.1f} ms")
     rates = [product_rate(torch.randn(k, 1000, 256), torch.randn(k, 256, 256)) / 1e9 for k in (5, 6)]
     print(f"one product for 5 masks runs at {rates[0]:.0f} GFLOP/s, for 6 masks at {rates[1]:.0f}")
+    counts = []
+    for with_policy in (False, True):
+        with CountOperations() as counted:
+            our_update(with_policy)
+        counts.append(counted.count)
+    print(f"operations on tensors: {counts[0]} in an update of the critic alone, {counts[1]} with that of the policies")
     if options.profile:
         with torch.profiler.profile() as profile:
             for i in range(10 * policy_freq):
