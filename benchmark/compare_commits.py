@@ -48,8 +48,7 @@ def check_out(commit, folder):
 def measure(folder, flags, env_id, script, threads):
     """(steps a second, milliseconds an update, steps a second of the physics) by a checkout's training_speed.py."""
     command = [sys.executable, "benchmark/training_speed.py", "--env-id", env_id, "--scripts", script]
-    command += ["--threads", str(threads), "--device", "cpu", "--rounds", "3"]
-    command += ["--warmup-rounds", "1", *flags]  # a CPU records no graphs
+    command += ["--threads", str(threads), "--device", "cpu", "--rounds", "3", "--warmup-rounds", "1", *flags]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     rows = [line for line in done.stdout.splitlines() if line.startswith(f"| {script},")]

@@ -6,7 +6,7 @@ An update draws a batch from the replay buffer, updates the critic and, every po
 turn and the targets. Both learners start from the same weights and take turns, round by round; a round is
 policy_freq updates. Prints the median time of an update, and the floor: the floating-point operations of the matrix
 products that the method asks for, over the rate that this machine reaches on one large product; that rate for products
-of several masks at once; and how many operations on tensors an update is, each a kernel or more on a GPU.
+of several masks at once; and how many operations on tensors an update is, of which a GPU launches each.
 """
 
 import dataclasses

@@ -19,13 +19,12 @@ from experiment.hardware import device_type
 def setup_processes(device):
     """(torch.device, rank, number of processes) from auto, cpu or cuda: joins the others that torchrun has started."""
     kind = device_type(device)
-    if not {"WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys():
+    if not {"WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
         return torch.device(kind), 0, 1
     if kind == "cuda":
-        gpu, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        expected = f"expected at most the {gpus} GPUs here, or --device cpu"
-        require(gpu < gpus, f"torchrun's --nproc_per_node is above {gpu}, {expected}")
-        torch.cuda.set_device(gpu)
+        asked, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        require(asked <= gpus, f"--nproc_per_node is {asked}, expected at most {gpus}, the GPUs here, or --device cpu")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     return torch.device(kind), *rank_and_size()
 

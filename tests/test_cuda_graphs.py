@@ -285,17 +285,14 @@ def compare(learners, expected, got):
 
 
 # ---- A GPU beside the CPU ----
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.parametrize("sharing", ["kaleidoscope", "full", "none"])
 @pytest.mark.parametrize("name", ["matd3", "mappo"])
 def test_a_gpu_learns_what_the_cpu_learns(name, sharing, device):
-    """The same weights and rows, and no draws: losses of three updates, and Adam's moments after the first.
-
-    Without a GPU the stand-in is the CPU, whose results are the same.
-    """
+    """The same weights and rows, and no draws: losses of three updates, and Adam's moments after the first."""
     torch.set_float32_matmul_precision("highest")
     make, flags = {"matd3": (make_matd3, dict(policy_noise=0.0)), "mappo": (make_mappo, {})}[name]
-    logs, moments, weights = [], [], None
-    steps = None
+    logs, moments, weights, steps = [], [], None, None
     for each in (torch.device("cpu"), device):
         learner, store = make(each, sharing=sharing, **flags)
         if weights is None:

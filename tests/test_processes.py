@@ -162,12 +162,16 @@ def test_alone_nothing_is_exchanged():
     assert any_process(True, "cpu") is True
 
 
+@pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("script", [matd3, mappo], ids=["matd3", "mappo"])
-def test_more_processes_than_gpus(script, tmp_path, monkeypatch):
+def test_more_processes_than_gpus(script, rank, tmp_path, monkeypatch):
+    """Every process says so, so that none waits for another."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    for name, value in dict(WORLD_SIZE=2, RANK=1, LOCAL_RANK=1, LOCAL_WORLD_SIZE=2, MASTER_ADDR="localhost").items():
+    for name, value in dict(
+        WORLD_SIZE=2, RANK=rank, LOCAL_RANK=rank, LOCAL_WORLD_SIZE=2, MASTER_ADDR="localhost"
+    ).items():
         monkeypatch.setenv(name, str(value))
     code, out, err = run_main(script, "--device", "cuda", cwd=tmp_path)
-    assert code == 2 and one_line(err) and "--nproc_per_node" in err and not out
+    assert code == 2 and one_line(err) and "--nproc_per_node is 2, expected at most 1, " in err and not out
     assert not list(tmp_path.iterdir())
