@@ -100,6 +100,9 @@ def understand(script, arguments):
     if not script.startswith("benchmark/"):
         parse_flags_of(script, arguments)
         return
+    if script == "benchmark/emulate_bfloat16.py":
+        understand(*arguments[:1], arguments[1:])
+        return
     options, others, common = parse_options_of(script, arguments)
     name = Path(script).stem
     if name == "grid":
@@ -144,6 +147,7 @@ def test_a_command_is_understood(page, script, arguments):
         ("benchmark/grid.py", "--env-ids Ant-v2-4x2 -- --sharing some"),
         ("benchmark/compare_commits.py", "--versions 'after=HEAD --no-such-flag'"),
         ("benchmark/soak.py", "--minutes 1 --no-such-flag"),
+        ("benchmark/emulate_bfloat16.py", "kalei_mappo_mamujoco.py --no-such-flag"),
         ("benchmark/training_speed.py", "--modes fast"),
         ("benchmark/figures.py", "--runs runs/*__* --no-such-flag 1"),
     ],

@@ -2,7 +2,9 @@
 
 import shutil
 import signal
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,8 +15,10 @@ from torch.utils._pytree import tree_leaves
 
 import kalei_mappo_mamujoco as mappo
 import kalei_matd3_mamujoco as matd3
+from benchmark import emulate_bfloat16
 from benchmark.gradient_precision import compare, mappo_update, matd3_update
 
+ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"matd3": matd3, "mappo": mappo}
 CPU = torch.device("cpu")
 AGENTS, ACT, STATE, HIDDEN = 3, 2, 7, 16
@@ -207,6 +211,53 @@ def test_a_bfloat16_product_rounds_its_operands_and_its_result(script, shared_in
     assert (error <= 2.0**-7 * products.abs() + 1e-6).all()
     assert (error <= 1e-6).float().mean() > 0.95, "float32 sums are seldom near a middle"
     assert not torch.allclose(result, script.masked_linear(x, weight, bias), rtol=1e-4), "nothing was rounded"
+
+
+def product_and_gradients(left, right):
+    """left (M, B, in), right (M, out, in) -> their product and its square sum's gradients, all in bfloat16."""
+    left, right = (x.clone().requires_grad_() for x in (left, right))
+    product = left @ right.mT
+    product.float().square().sum().backward()
+    return product.detach(), left.grad, right.grad
+
+
+def test_the_emulation_rounds_what_pytorch_rounds_and_leaves_float32_alone(monkeypatch):
+    torch.manual_seed(0)
+    left, right = torch.randn(3, 40, 64), torch.randn(3, 24, 64)
+    exact = torch.bmm(left, right.mT)
+    left, right = left.bfloat16(), right.bfloat16()
+    native = product_and_gradients(left, right)
+    own, dtypes = emulate_bfloat16.bmm, []
+    monkeypatch.setattr(emulate_bfloat16, "bmm", lambda *operands: dtypes.append(operands[0].dtype) or own(*operands))
+    kept = emulate_bfloat16.emulate()
+    emulated = product_and_gradients(left, right)
+    assert dtypes == [torch.bfloat16] * 3, "a product and two gradients"
+    for value, expected in zip(emulated, native, strict=True):
+        assert value.dtype == expected.dtype == torch.bfloat16
+        assert (value != expected).float().mean() < 0.005, "sums in another order seldom round the other way"
+        error = (value.double() - expected.double()).abs()
+        assert (error <= 2.0**-7 * expected.double().abs() + 1e-6 * expected.abs().max()).all(), "by one step at most"
+    # the first, in loops over agents and float64, from the same rounded operands
+    for number in range(3):
+        plain = left[number].double() @ right[number].double().T
+        assert (emulated[0][number] == plain.bfloat16()).float().mean() > 0.99
+    torch.manual_seed(0)
+    assert torch.equal(torch.bmm(torch.randn(3, 40, 64), torch.randn(3, 24, 64).mT), exact)
+    del kept
+    product_and_gradients(left, right)
+    assert len(dtypes) == 4, "PyTorch's own product is back"
+
+
+def test_the_emulation_runs_a_script(tmp_path):
+    command = [sys.executable, ROOT / "benchmark" / "emulate_bfloat16.py"]
+    run = subprocess.run([*command, "kalei.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr == "error: the first argument is kalei.py; it must be the script to run\n"
+    flags = ["--num-threads", "1", "--env-id", "Hopper-v2-3x1", "--total-timesteps", "40", "--num-envs", "4"]
+    flags += ["--rollout-steps", "10", "--num-minibatches", "2", "--eval-episodes", "0", "--precision", "bfloat16"]
+    run = subprocess.run([*command, mappo.__file__, *flags], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "error" not in run.stderr and len(list((tmp_path / "runs").iterdir())) == 1
 
 
 # ---- Is it good enough, and exact ----
