@@ -147,7 +147,7 @@ class MaskedLinear(nn.Module):
         """What the masks in a slice make of W and bias: (m, out, in), and (out,) or, with `own`, (m, 1, out)."""
         weight, bias = (self.weight[masks], self.bias[masks]) if self.own else (self.weight, self.bias)
         kept = torch.relu(weight.abs() - torch.sigmoid(self.thresholds[masks]))
-        return torch.sign(weight) * kept, bias
+        return torch.sign(weight.detach()) * kept, bias  # autograd would compute the sign's gradient, which is 0
 
     def masks(self):
         """(M, out, in) bool: what each mask keeps."""

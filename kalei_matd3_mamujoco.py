@@ -156,7 +156,7 @@ class MaskedLinear(nn.Module):
         """What the masks in a slice make of W and bias: (m, out, in), and (out,) or, with `own`, (m, 1, out)."""
         weight, bias = (self.weight[masks], self.bias[masks]) if self.own else (self.weight, self.bias)
         kept = torch.relu(weight.abs() - torch.sigmoid(self.thresholds[masks]))
-        return torch.sign(weight) * kept, bias
+        return torch.sign(weight.detach()) * kept, bias  # autograd would compute the sign's gradient, which is 0
 
     def masks(self):
         """(M, out, in) bool: what each mask keeps."""
@@ -487,8 +487,7 @@ class Learner(nn.Module):
         rates = (self.args.polyak, 1 - (1 - self.args.polyak) ** times)
         pairs = ((self.critic, self.target_critic), (self.actor, self.target_actor))
         for rate, (network, target) in zip(rates, pairs, strict=True):
-            for parameter, target_parameter in zip(network.parameters(), target.parameters(), strict=True):
-                target_parameter.lerp_(parameter, rate)
+            torch._foreach_lerp_(list(target.parameters()), list(network.parameters()), rate)
 
     def update(self, batch, with_policy):
         """A critic update and, `with_policy`, the agents' updates and the targets'. Returns losses by name."""
