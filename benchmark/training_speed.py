@@ -3,6 +3,7 @@
     python benchmark/training_speed.py
     python benchmark/training_speed.py --scripts mappo --sharing kaleidoscope full none
     python benchmark/training_speed.py --modes eager compiled
+    python benchmark/training_speed.py --profile
     python benchmark/training_speed.py --scripts matd3 --num-critics 2  # flags that are not its own go to the scripts
 
 Each line is a run of a script: its rounds (MATD3: acting for --train-interval steps of all environments, then
@@ -53,6 +54,8 @@ class Options:
     """timed rounds of each run"""
     warmup_rounds: int = 4
     """rounds before these, not timed; a graph is recorded in the fourth call of an update, MAPPO's fourth round"""
+    profile: bool = False
+    """then print of each run where the updates of one more round spend their time, by operator"""
 
 
 class Run:
@@ -209,6 +212,12 @@ def main():
         row = [", ".join(name), f"{rate:,.0f}", f"{parts[-1] / run.num_updates * 1000:.2f}", f"{1e7 / rate / 3600:.1f}"]
         row += [f"{run.steps * run.args.num_envs / parts[1]:,.0f}", *[f"{part / sum(parts):.1%}" for part in parts]]
         print("|", " | ".join(row), "|")
+    for name, run in runs.items():
+        if options.profile:
+            with torch.profiler.profile() as profile:
+                run.update()
+            shares = profile.key_averages().table("self_cpu_time_total", row_limit=25, max_name_column_width=50)
+            print(f"\n{', '.join(name)}: {run.num_updates} updates\n{shares}")
         run.envs.close()
 
 

@@ -41,8 +41,6 @@ class Options:
     """rounds before these, not timed"""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """of our hidden layers' products; the plain loops' are float32"""
-    profile: bool = False
-    """print where our update's time goes, by operator"""
 
 
 def product_flops(learner, batch_size):
@@ -145,11 +143,6 @@ def main():
             our_update(with_policy)
         counts.append(counted.count)
     print(f"operations on tensors: {counts[0]} in an update of the critic alone, {counts[1]} with that of the policies")
-    if options.profile:
-        with torch.profiler.profile() as profile:
-            for i in range(10 * policy_freq):
-                our_update(with_policy=(i + 1) % policy_freq == 0)
-        print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=50))
 
 
 if __name__ == "__main__":
