@@ -598,7 +598,7 @@ def parse_args(argv=None):
         require(getattr(args, name) >= 1, f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
     rows, parts = args.rollout_steps * args.num_envs, args.num_minibatches
     require(parts <= rows, f"--num-minibatches is {parts}, expected at most the {rows} steps of a rollout")
-    # that bfloat16 loses nothing here is not shown yet: it has to be asked for
+    # bfloat16 has to be asked for: on Ant, two of three seeds ended below all those of float32
     args.precision = resolve_precision(args.precision, device_type(args.device), auto_bfloat16=False)
     return args, checkpoint
 
