@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from experiment import processes
 from experiment.checkpoints import check_resumed, read_checkpoint, restore_checkpoint, write_checkpoint
-from experiment.command_line import fail, require
+from experiment.command_line import check_ranges, fail, require
 from experiment.films import open_viewer, save_film
 from experiment.hardware import device_type, keep_freed_memory, resolve_precision
 from experiment.mask_pictures import log_mask_shares, log_masks
@@ -594,8 +594,7 @@ def parse_args(argv=None):
     for name, tuned in zip(TUNED_FLAGS, TUNED.get(str(args.env_id).replace("-v5", "-v2"), UNTUNED), strict=True):
         if getattr(args, name) is None:
             setattr(args, name, tuned)
-    for name in ("num_envs", "rollout_steps", "num_epochs", "num_minibatches", "deque_len"):
-        require(getattr(args, name) >= 1, f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
+    check_ranges(args)
     rows, parts = args.rollout_steps * args.num_envs, args.num_minibatches
     require(parts <= rows, f"--num-minibatches is {parts}, expected at most the {rows} steps of a rollout")
     # bfloat16 has to be asked for: on Ant, two of three seeds ended below all those of float32

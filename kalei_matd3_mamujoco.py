@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from experiment import processes
 from experiment.checkpoints import check_resumed, read_checkpoint, restore_checkpoint, write_checkpoint
-from experiment.command_line import fail, require
+from experiment.command_line import check_ranges, fail, require
 from experiment.films import open_viewer, save_film
 from experiment.hardware import device_type, keep_freed_memory, resolve_precision
 from experiment.mask_pictures import log_mask_shares, log_masks
@@ -570,8 +570,7 @@ def parse_args(argv=None):
     for name, tuned in zip(("n_step", "policy_freq"), tuned_values, strict=True):
         if getattr(args, name) is None:
             setattr(args, name, tuned)
-    for name in ("num_envs", "batch_size", "train_interval", "policy_freq", "n_step", "num_critics", "deque_len"):
-        require(getattr(args, name) >= 1, f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
+    check_ranges(args)
     steps, warmup, stored = args.total_timesteps, args.warmup_steps, min(args.warmup_steps, args.buffer_size)
     require(steps > warmup, f"--total-timesteps is {steps}, expected more than --warmup-steps {warmup}")
     expected = f"at most the {stored} transitions that the warm-up stores"

@@ -1,5 +1,6 @@
 """The script as a user runs it: training to a saved model and TensorBoard files, evaluation, and mistakes."""
 
+import dataclasses
 import itertools
 import math
 import os
@@ -14,8 +15,9 @@ import torch
 from run_scripts import curves, one_line, run_main, run_process, scalars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import kalei_mappo_mamujoco
 import kalei_matd3_mamujoco as script
-from experiment import checkpoints, run_folder, saved_models
+from experiment import checkpoints, command_line, run_folder, saved_models
 
 SCRIPT = Path(script.__file__)
 # crosses the warm-up, policy updates, both resets and two evaluations
@@ -162,9 +164,22 @@ MISTAKES = {
     "--env-id manyagent_swimmer-0x2": "0x2",
     "--env-id Ant-v2-4x2\n": "Ant-v2-4x2",
     "--num-envs 0": "--num-envs is 0",
-    "--episode-limit 0": "episode_limit is 0",
-    "--agent-obsk -1": "agent_obsk is -1",
-    "--seed -1": "seed is -1",
+    "--episode-limit 0": "--episode-limit is 0, expected at least 1",
+    "--agent-obsk -1": "--agent-obsk is -1, expected at least 0",
+    "--seed -1": "--seed is -1",
+    "--num-threads -1": "--num-threads is -1",
+    "--buffer-size 0": "--buffer-size is 0",
+    "--updates-per-round 0": "--updates-per-round is 0",
+    "--gamma 2": "--gamma is 2.0, expected from 0 to 1",
+    "--gamma nan": "--gamma is nan, expected from 0 to 1",
+    "--polyak -0.1": "--polyak is -0.1",
+    "--actor-reset-ratio 50": "--actor-reset-ratio is 50.0",
+    "--critic-reset-interval -3": "--critic-reset-interval is -3, expected at least 0",
+    "--actor-lr -1": "--actor-lr is -1.0",
+    "--layer-weights 1 -2 4": "--layer-weights is -2.0, expected at least 0",
+    "--eval-episodes -1": "--eval-episodes is -1, expected at least 0",
+    "--eval-episodes 0 --capture-video": "--eval-episodes is 0, expected at least 1 beside",
+    "--eval-episodes 0 --evaluate model.pt": "--eval-episodes is 0, expected at least 1 beside",
     "--n-step 0": "--n-step is 0",
     "--policy-freq 0": "--policy-freq is 0",
     "--num-critics 0": "--num-critics is 0",
@@ -198,6 +213,14 @@ def test_mistakes_end_with_exit_code_2_before_anything_is_made(arguments, capsys
     assert stop.value.code == 2 and not out, err
     assert (one_line(err) and MISTAKES[arguments] in err) if arguments in MISTAKES else TYROS[arguments] in err
     assert not list(tmp_path.iterdir()), "a refused run left files behind"
+
+
+@pytest.mark.parametrize("algorithm", [script, kalei_mappo_mamujoco])
+def test_every_number_of_a_script_has_a_range(algorithm):
+    flags = dataclasses.fields(algorithm.Args)
+    numbers = {flag.name for flag in flags if re.search(r"\b(int|float)\b", str(flag.type))}
+    checked = {name for _, names in command_line.RANGES.values() for name in names.split()}
+    assert numbers <= checked
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
