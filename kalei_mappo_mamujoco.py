@@ -54,7 +54,7 @@ class Args:
     track: bool = False  # log to Weights & Biases as well, to the project and team in WANDB_PROJECT and WANDB_ENTITY
     checkpoint_interval: int = 0  # environment steps between two checkpoints, for --resume; 0: none
     resume: str | None = None  # go on with the run in this folder, with its flags; --total-timesteps may move its end
-    evaluate: str | None = None  # do not train: evaluate the model in this file, on the task it was trained on
+    evaluate: str | None = None  # do not train: evaluate the model in this file, on its own task and with its flags
 
     # environment
     env_id: str | None = None  # a robot and its division into agents; by default Ant-v2-4x2, or the model's
@@ -198,7 +198,7 @@ class MaskedMLP(nn.Module):
         for size in ((inputs, hidden), (hidden, hidden), (hidden, hidden), (hidden, outputs)):
             gain = output_gain if len(layers) == 3 else 2**0.5
             # sigmoid(s) is about exp(s), so that a shift by the log of a layer's size (rms of its weights, relative to
-            # the first layer's) gives all layers the same share of zeros: the last one starts some 140 times smaller
+            # the first layer's) gives all layers the same share of zeros: the last one starts some 100 times smaller
             shift = math.log((gain / max(size) ** 0.5) / (2 / max(inputs, hidden)) ** 0.5)
             shape = (num_masks, 1, size[0]) if own else (1, size[0])
             norms.append(nn.ParameterDict({"weight": torch.ones(shape), "bias": torch.zeros(shape)}))
@@ -287,7 +287,7 @@ class Critic(MaskedMLP):
 
     def mean_std(self):
         """Of returns, each (): HARL's ValueNorm, running, debiased as Adam's moments are."""
-        mean, square = self.averages[:2] / self.averages[2].clamp(min=1e-5)
+        mean, square = self.averages[:2] / self.averages[2].clamp(min=1e-30)
         return mean, (square - mean.square()).clamp(min=1e-2).sqrt()
 
 

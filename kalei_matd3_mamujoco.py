@@ -56,7 +56,7 @@ class Args:
     track: bool = False  # log to Weights & Biases as well, to the project and team in WANDB_PROJECT and WANDB_ENTITY
     checkpoint_interval: int = 0  # environment steps between two checkpoints, for --resume; 0: none
     resume: str | None = None  # go on with the run in this folder, with its flags; --total-timesteps may move its end
-    evaluate: str | None = None  # do not train: evaluate the model in this file, on the task it was trained on
+    evaluate: str | None = None  # do not train: evaluate the model in this file, on its own task and with its flags
 
     # environment
     env_id: str | None = None  # a robot and its division into agents; by default Ant-v2-4x2, or the model's

@@ -331,6 +331,20 @@ def test_a_model_is_evaluated_on_its_own_task_or_refused(trained, tmp_path):
         assert code == 0 and out.startswith(f"{env_id}: return "), err
 
 
+def test_a_model_is_evaluated_with_its_own_flags_or_refused(trained, tmp_path):
+    _, folder, _ = trained
+    evaluate = ("--evaluate", folder / "model.pt", "--eval-episodes", 1, "--device", "cpu")
+    for flag, other, own in (
+        ("--episode-limit", 20, 30),
+        ("--sharing", "full", "kaleidoscope"),
+        ("--agent-obsk", 1, None),
+    ):
+        code, out, err = run_main(script, *evaluate, flag, other, cwd=tmp_path)
+        assert code == 2 and one_line(err) and f"{flag} is {other}, expected {own} beside --evaluate" in err and not out
+    code, out, err = run_main(script, *evaluate, "--episode-limit", 30, "--hidden-size", 32, cwd=tmp_path)
+    assert code == 0 and "1 episodes" in out, err
+
+
 def test_flags_win_over_tuned_values():
     assert script.parse_args(["--env-id", "Walker2d-v2-2x3"])[0].n_step == 20
     assert script.parse_args(["--env-id", "Walker2d-v2-2x3"])[0].policy_freq == 8

@@ -167,8 +167,9 @@ def test_value_norm_equals_the_plain_formula():
     assert weight == pytest.approx(1 - beta**5)
 
 
-def test_value_norm_is_right_from_the_first_update_and_finite_before_it():
-    critic = make_critic(0.99999)
+@pytest.mark.parametrize("beta", [0.99999, 0.9999999])
+def test_value_norm_is_right_from_the_first_update_and_finite_before_it(beta):
+    critic = make_critic(beta)
     assert all(math.isfinite(value) for value in critic.mean_std()) and critic.mean_std()[1] > 0
     returns = torch.randn(1000) * 3 + 7
     critic.update_value_norm(returns)

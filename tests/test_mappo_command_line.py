@@ -153,6 +153,8 @@ MISTAKES = {
     "--gae-lambda -0.5": "--gae-lambda is -0.5",
     "--lr nan": "--lr is nan, expected at least 0",
     "--clip 0": "--clip is 0.0, expected more than 0",
+    "--output-gain 0": "--output-gain is 0.0, expected more than 0",
+    "--threshold-eps 0": "--threshold-eps is 0.0, expected more than 0",
     "--value-norm-beta 1": "--value-norm-beta is 1.0, expected at least 0 and below 1",
     "--eval-episodes 0 --render": "--eval-episodes is 0, expected at least 1 beside",
     "--num-epochs 0": "--num-epochs is 0",
