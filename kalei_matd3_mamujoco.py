@@ -31,7 +31,7 @@ from experiment import processes
 from experiment.checkpoints import check_resumed, read_checkpoint, restore_checkpoint, write_checkpoint
 from experiment.command_line import check_ranges, fail, require
 from experiment.films import open_viewer, save_film
-from experiment.hardware import device_type, keep_freed_memory, resolve_precision
+from experiment.hardware import device_type, keep_freed_memory, require_memory, resolve_precision
 from experiment.mask_pictures import log_mask_shares, log_masks
 from experiment.run_folder import log_episodes, log_evaluation, log_scalars, open_run, reached
 from experiment.saved_models import evaluate_model, save_model
@@ -593,9 +593,11 @@ def main():
     seed = processes.seed_of_process(args.seed, rank)
     envs = make_env(args, seed, args.num_envs)
     space, all_envs = envs.single_action_space, args.num_envs * num_processes  # of all processes
+    rows = -(-min(args.buffer_size, args.total_timesteps) // all_envs)
+    stored = rows * args.num_envs * (4 * (2 * envs.state_size + space.low.size + 1) + 2)  # bytes
+    require_memory(f"--buffer-size is {args.buffer_size}", stored, device)
     learner = Learner(envs.state_size, space.low, space.high, args, device, envs.columns)
     actor, critic = learner.actor, learner.critic
-    rows = -(-min(args.buffer_size, args.total_timesteps) // all_envs)
     replay = Replay(rows, args.num_envs, envs.state_size, space.shape, args.n_step, args.gamma, device, envs.columns)
     eval_envs = make_env(args, args.seed, args.eval_episodes) if args.eval_episodes and rank == 0 else None
     viewer = open_viewer(args, eval_envs)

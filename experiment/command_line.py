@@ -32,13 +32,14 @@ RANGES = {
     ),
     "at least 0": (
         lambda number: number >= 0,
-        "seed num_threads log_interval eval_interval eval_episodes checkpoint_interval agent_obsk warmup_steps"
+        "num_threads log_interval eval_interval eval_episodes checkpoint_interval agent_obsk warmup_steps"
         " lr actor_lr critic_lr threshold_lr entropy_coef actor_diversity_coef critic_diversity_coef"
         " exploration_noise policy_noise noise_clip layer_weights actor_reset_interval critic_reset_interval",
     ),
     "more than 0": (lambda number: number > 0, "clip max_grad_norm huber_delta threshold_eps output_gain"),
     "from 0 to 1": (lambda number: 0 <= number <= 1, "gamma gae_lambda polyak actor_reset_ratio"),
     "at least 0 and below 1": (lambda number: 0 <= number < 1, "value_norm_beta"),
+    "from 0 to 4294967295": (lambda number: 0 <= number < 2**32, "seed"),  # PyTorch keeps 32 bits of it on the CPU
     "a number": (
         lambda number: not math.isnan(number),
         "actor_threshold_scale actor_threshold_bias critic_threshold_scale critic_threshold_bias",

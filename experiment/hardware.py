@@ -2,10 +2,11 @@
 
 import contextlib
 import ctypes
+import os
 
 import torch
 
-from experiment.command_line import fail, warn
+from experiment.command_line import fail, require, warn
 
 
 def device_type(device):
@@ -38,3 +39,13 @@ def keep_freed_memory():
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its highest value: larger ones go back to the kernel
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
+
+
+def require_memory(what, needed, device):
+    """Fail if `needed` bytes are more than the device has: a CPU's are taken as they fill, and the run killed late."""
+    if device.type == "cuda":
+        there = torch.cuda.mem_get_info(device)[1]
+    else:
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    expected = f"at most the {there / 1e9:.1f} GB of memory that there are"
+    require(needed <= there, f"{what}, which takes {needed / 1e9:.1f} GB, expected {expected}")

@@ -167,8 +167,10 @@ MISTAKES = {
     "--episode-limit 0": "--episode-limit is 0, expected at least 1",
     "--agent-obsk -1": "--agent-obsk is -1, expected at least 0",
     "--seed -1": "--seed is -1",
+    "--seed 4294967296": "--seed is 4294967296, expected from 0 to 4294967295",
     "--num-threads -1": "--num-threads is -1",
     "--buffer-size 0": "--buffer-size is 0",
+    "--buffer-size 1000000000000 --total-timesteps 1000000000000": "expected at most the",
     "--updates-per-round 0": "--updates-per-round is 0",
     "--gamma 2": "--gamma is 2.0, expected from 0 to 1",
     "--gamma nan": "--gamma is nan, expected from 0 to 1",
@@ -221,6 +223,21 @@ def test_every_number_of_a_script_has_a_range(algorithm):
     numbers = {flag.name for flag in flags if re.search(r"\b(int|float)\b", str(flag.type))}
     checked = {name for _, names in command_line.RANGES.values() for name in names.split()}
     assert numbers <= checked
+
+
+def test_the_memory_that_is_asked_for_is_what_the_buffer_takes(tmp_path, monkeypatch):
+    asked, taken = [], []
+
+    class Counted(script.Replay):
+        def __init__(self, *shapes):
+            super().__init__(*shapes)
+            taken.append(sum(x.nbytes for x in vars(self).values() if isinstance(x, torch.Tensor) and x.ndim > 1))
+
+    monkeypatch.setattr(script, "require_memory", lambda what, needed, device: asked.append(needed))
+    monkeypatch.setattr(script, "Replay", Counted)
+    code, _, err = run_main(script, "--env-id", "Humanoid-v2-9|8", *TINY, cwd=tmp_path, block=1)
+    assert code == 143 and len(asked) == 1, err
+    assert asked == taken
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
