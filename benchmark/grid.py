@@ -36,6 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 from experiment.checkpoints import MAY_CHANGE  # noqa: E402
 from experiment.command_line import fail, require  # noqa: E402
+from experiment.run_folder import run_name  # noqa: E402
 
 RUN_NAME = re.compile(r"(?P<env_id>.+?)__(?P<exp_name>.+)__(?P<seed>\d+)__(?P<time>\d+)")
 LOGS = Path("runs", "grid_logs")
@@ -152,7 +153,11 @@ def make_jobs(options, common_flags):
             fail("--resume or --evaluate is among the runs' flags, expected neither: the grid resumes by itself")
         if (args.env_id, args.exp_name, args.seed) != (env_id, name, seed):
             fail(f"--env-id, --exp-name or --seed is among the flags of {name}, expected none: the grid sets them")
-        jobs.append(Job(f"{env_id.replace('|', '_')}__{name}__{seed}", flags, args))
+        job = Job(run_name(args), flags, args)
+        alike = [other.args.exp_name for other in jobs if other.name == job.name]
+        if alike:
+            fail(f"--variants: {alike[0]!r} and {name!r} have the same folders {job.name}__*, expected one each")
+        jobs.append(job)
     return jobs
 
 

@@ -43,9 +43,14 @@ def open_run(args, device, global_step, rank=0):
     return broadcast_object(run_folder), writer
 
 
+def run_name(args):
+    """The name of a run's folder but for the time at its end."""
+    return re.sub(r"[^\w.+-]", "_", f"{args.env_id}__{args.exp_name}__{args.seed}")
+
+
 def make_run_folder(args):
     """Make and return a new folder."""
-    name, now = re.sub(r"[^\w.+-]", "_", f"{args.env_id}__{args.exp_name}__{args.seed}"), int(time.time())
+    name, now = run_name(args), int(time.time())
     while True:
         run_folder = os.path.join("runs", f"{name}__{now}")
         try:

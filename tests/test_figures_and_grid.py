@@ -490,6 +490,7 @@ GRID_MISTAKES = {
     "--env-ids A --worker 2": "--worker",
     "--env-ids A --variants full": "'full' is one of them",
     "--env-ids A --variants full= full=--lr": "'full=--lr' is one of them",
+    "--env-ids A --variants x:1= x_1=": "'x:1' and 'x_1' have the same folders A__x_1__1__*",
     "--env-ids A --checkpoint-interval -1": "--checkpoint-interval is -1",
     "--env-ids A --only 15": "--only is 15",
     "--env-ids A --slurm --only 1": "--only is 1",
@@ -512,13 +513,13 @@ def test_mistakes_in_a_grid_end_with_a_clear_message_before_anything_starts(argu
 def test_a_real_run_is_made_resumed_and_skipped(run_grid, in_folder):
     flags = ["--device", "cpu", "--num-envs", 2, "--rollout-steps", 10, "--hidden-size", 8, "--episode-limit", 10]
     flags += ["--eval-episodes", 1, "--num-threads", 1, "--num-epochs", 1, "--total-timesteps"]
-    grid_flags = ["--env-ids", "Humanoid-v2-9|8", "--seeds", 3, "--variants", "full=--sharing full"]
+    grid_flags = ["--env-ids", "Humanoid-v2-9|8", "--seeds", 3, "--variants", "in full=--sharing full"]
     grid_flags += ["--checkpoint-interval", 20, "--"]
     for steps, what in ((20, ": starts, see"), (40, ": resumes runs/Hum"), (40, ": finished before, in runs/Hum")):
         code, out, err = run_grid(*grid_flags, *flags, steps, script=ROOT / "kalei_mappo_mamujoco.py")
-        log = (in_folder / "runs" / "grid_logs" / "Humanoid-v2-9_8__full__3.log").read_text()
+        log = (in_folder / "runs" / "grid_logs" / "Humanoid-v2-9_8__in_full__3.log").read_text()
         assert code == 0 and what in out, out + err + log
-        (folder,) = in_folder.glob("runs/Humanoid-v2-9_8__full__3__*")
+        (folder,) = in_folder.glob("runs/Humanoid-v2-9_8__in_full__3__*")
         hyperparameters, scalars = grid.read_events(folder)
         assert list(scalars[TAG]) == list(range(20, steps + 1, 20))
     assert hyperparameters["env_id"] == "Humanoid-v2-9|8" and hyperparameters["sharing"] == "full"
