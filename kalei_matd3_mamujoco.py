@@ -609,10 +609,11 @@ def main():
     updates = {each: GraphedUpdate(functools.partial(update, each), *graph) for each in (False, True)}  # with_policy
     if rank > 0:
         torch.manual_seed(seed)
-    global_step, num_updates, logs, status, stopping = 0, 0, {}, {}, False
+    global_step, num_updates, num_critic_resets, logs, status, stopping = 0, 0, 0, {}, {}, False
     obs, _ = envs.reset()
     if checkpoint is not None:
-        obs, (global_step, num_updates), logs = restore_checkpoint(checkpoint, learner, envs, replay)
+        obs, counters, logs = restore_checkpoint(checkpoint, learner, envs, replay)
+        global_step, num_updates, num_critic_resets = counters
     state = envs.state
     run_folder, writer = open_run(args, device, global_step, rank)
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", unit_scale=True, disable=rank > 0)
@@ -647,7 +648,8 @@ def main():
                 processes.broadcast_parameters(actor)
                 writer.add_scalar("resets/actor_weights", num_reset, global_step)
             if reset_due(args.critic_reset_interval, previous_step, global_step, args.total_timesteps):
-                member = reset_critic(critic, global_step // args.critic_reset_interval)
+                num_critic_resets += 1
+                member = reset_critic(critic, num_critic_resets)
                 processes.broadcast_parameters(critic)
                 writer.add_scalar("resets/critic_member", member, global_step)
             for _ in range(args.updates_per_round):
@@ -675,7 +677,8 @@ def main():
         if eval_due and args.save_model and rank == 0:
             save_model(run_folder, learner, global_step)
         if args.checkpoint_interval and checkpoint_due:
-            write_checkpoint(run_folder, writer, learner, envs, obs, (global_step, num_updates), logs, replay)
+            counters = (global_step, num_updates, num_critic_resets)
+            write_checkpoint(run_folder, writer, learner, envs, obs, counters, logs, replay)
         progress.set_postfix(status, refresh=False)
         progress.update(global_step - previous_step)
 

@@ -18,7 +18,7 @@ import torch
 from experiment.command_line import fail, warn
 from experiment.processes import any_process, rank_and_size
 
-FORMAT = 4
+FORMAT = 5
 DIGEST = "sha256"
 REPLAY_ARRAYS = ("state", "actions", "reward", "terminated", "ended")
 # what a resumed run may be given anew, since none of it changes what the run has learnt so far

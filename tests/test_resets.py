@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from run_scripts import run_main
+from run_scripts import run_main, scalars
 
 import kalei_mappo_mamujoco as mappo
 import kalei_matd3_mamujoco as script
@@ -133,6 +133,19 @@ WHEN = {  # rounds of 40 steps; MATD3's first updates come after 120
     script: "step critic update step actor update step critic update" + " step update" * 5,
     mappo: "step update " * 4 + "actor" + " step update" * 6,
 }
+
+
+@pytest.mark.parametrize("flags", ["--critic-reset-interval 10", "--critic-reset-interval 50 --warmup-steps 130"])
+def test_critic_members_take_turns_whatever_the_interval(flags, tmp_path):
+    """Also where a round reaches several multiples of it, where the warm-up did, and in a run that was resumed."""
+    tiny = [*TINY.split(), *FLAGS[script].split(), "--num-critics", 4, *flags.split(), "--checkpoint-interval", 40]
+    code, _, err = run_main(script, *tiny, cwd=tmp_path, block=7)
+    assert code == 143, err
+    (folder,) = (tmp_path / "runs").iterdir()
+    code, _, err = run_main(script, "--resume", folder, cwd=tmp_path)
+    assert code == 0, err
+    members = [int(member) for _, member in scalars(folder)["resets/critic_member"]]
+    assert members == [number % 4 for number in range(len(members))] and len(members) > 3
 
 
 @pytest.mark.parametrize("module", WHEN, ids=["matd3", "mappo"])
