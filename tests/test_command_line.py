@@ -52,7 +52,7 @@ def test_a_run_logs_all_that_its_page_names(trained):
     # intervals of 150 and 100 after the warm-up, as long as more than one of them is left before 640
     assert [step for step, _ in tags["resets/actor_weights"]] == [320, 480]
     assert all(value > 0 for _, value in tags["resets/actor_weights"])
-    assert tags["resets/critic_member"] == [(320, 2), (400, 3), (520, 4)]
+    assert tags["resets/critic_member"] == [(320, 0), (400, 1), (520, 2)]
     n_step, policy_freq = script.TUNED.get(env_id, script.UNTUNED)
     assert f"policy_freq {policy_freq}, n_step {n_step}" in printed
     assert "640/640" in printed and "SPS=" in printed and "eval=" in printed
