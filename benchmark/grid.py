@@ -118,7 +118,7 @@ def read_events(folder):
 
 
 def make_jobs(options, common_flags):
-    """All jobs of the grid, their flags checked by the script itself; with --only, that one alone."""
+    """All jobs of the grid, flags and tasks checked by the script itself; with --only, that one alone."""
     interval, script = options.checkpoint_interval, options.script.resolve()
     require(options.workers >= 1, f"--workers is {options.workers}, expected at least 1")
     require(interval >= 0, f"--checkpoint-interval is {interval}, expected at least 0")
@@ -143,16 +143,19 @@ def make_jobs(options, common_flags):
         cells = [cells[options.only]]
 
     sys.path.insert(0, str(script.parent))
-    parse_args = importlib.import_module(script.stem).parse_args
-    jobs = []
+    module = importlib.import_module(script.stem)
+    jobs, checked = [], set()
     for env_id, name, seed in cells:
         flags = ["--env-id", env_id, "--exp-name", name, "--seed", str(seed)]
         flags += ["--checkpoint-interval", str(options.checkpoint_interval), *common_flags, *variants[name]]
-        args, checkpoint = parse_args(flags)
+        args, checkpoint = module.parse_args(flags)
         if checkpoint is not None or args.evaluate is not None:
             fail("--resume or --evaluate is among the runs' flags, expected neither: the grid resumes by itself")
         if (args.env_id, args.exp_name, args.seed) != (env_id, name, seed):
             fail(f"--env-id, --exp-name or --seed is among the flags of {name}, expected none: the grid sets them")
+        if (env_id, name) not in checked:  # a run would find a wrong task only when its turn comes
+            module.make_env(args, seed, num_envs=1).close()
+            checked.add((env_id, name))
         job = Job(run_name(args), flags, args)
         alike = [other.args.exp_name for other in jobs if other.name == job.name]
         if alike:

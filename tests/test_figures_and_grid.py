@@ -298,6 +298,16 @@ def parse_args(argv):
         setattr(args, name, type(getattr(Args, name))(value) if name != "evaluate" else value)
     return args, None
 
+class Envs:
+    def close(self):
+        pass
+
+def make_env(args, seed, num_envs):
+    if args.env_id == "Antt":
+        print("error: unknown env id 'Antt'; there are A, B", file=sys.stderr)
+        sys.exit(2)
+    return Envs()
+
 def receive(number, frame):
     print("received", number, os.getpgrp() == os.getpid(), file=open("received", "a"), flush=True)
     time.sleep(0.3)  # for a second signal to arrive
@@ -495,6 +505,7 @@ GRID_MISTAKES = {
     "--env-ids A --only 15": "--only is 15",
     "--env-ids A --slurm --only 1": "--only is 1",
     "--env-ids A --script nowhere.py": "--script is nowhere.py",
+    "--env-ids A Antt": "'Antt'",
     "--env-ids A -- --smooth 1": "--smooth",
     "--env-ids A --variants x= -- --seed 9": "--seed",
     "--env-ids A --variants x= -- --evaluate model.pt": "--evaluate",
