@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmark.compare_commits import check_out  # noqa: E402
-from benchmark.grid import read_events  # noqa: E402
+from tools.grid import read_events  # noqa: E402
 
 TIMES = ("charts/SPS", "charts/checkpoint_seconds")  # what differs from run to run
 

@@ -1,6 +1,6 @@
 """Pictures of what masks share: a row a masked layer, for TensorBoard and, larger, for paper.
 
-    python benchmark/masks.py runs/RUN/model.pt --out masks  # of a saved model
+    python tools/masks.py runs/RUN/model.pt --out masks  # of a saved model
 
     writer = SummaryWriter("runs/RUN")
     log_masks(writer, learner, global_step)                  # in training

@@ -17,7 +17,7 @@ from run_scripts import run_main, scalars
 from mamujoco_env import parse_env_id
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "runs/README.md"})
+PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "published/README.md"})
 OWN_ENVIRONMENT = "Meet"  # of docs/changing_a_script.md
 PLACEHOLDERS = {"S": "1", "MODE": "full"}  # in a word of their own or in a part of a name between underscores
 
@@ -59,7 +59,7 @@ def commands_of(page):
             copies[words[2]] = words[1]
             continue
         for place, word in enumerate(words):
-            if re.fullmatch(r"(benchmark/)?\w+\.py", word):
+            if re.fullmatch(r"((tools|benchmark)/)?\w+\.py", word):
                 yield copies.get(word, word), [fill_in(argument) for argument in words[place + 1 :]]
                 break
 
@@ -87,9 +87,9 @@ def parse_flags_of(script, arguments):
 
 
 def parse_options_of(script, arguments):
-    """(options, flags that are not the benchmark's own, what follows "--")."""
+    """(options, flags that are not the tool's own, what follows "--")."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
-    module = importlib.import_module(f"benchmark.{Path(script).stem}")
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     options_class = module.Options if hasattr(module, "Options") else module.Args
     options, others = tyro.cli(options_class, args=arguments[:end], return_unknown_args=True)
     return options, others, arguments[end + 1 :]
@@ -97,7 +97,7 @@ def parse_options_of(script, arguments):
 
 def understand(script, arguments):
     """Exits where a flag is wrong."""
-    if not script.startswith("benchmark/"):
+    if "/" not in script:
         parse_flags_of(script, arguments)
         return
     if script == "benchmark/emulate_bfloat16.py":
@@ -143,13 +143,13 @@ def test_a_command_is_understood(page, script, arguments):
         ("kalei_matd3_mamujoco.py", "--env-ids Ant-v2-4x2"),
         ("kalei_mappo_mamujoco.py", "--env-id Ant-v2-3x2"),
         ("kalei_mappo_mamujoco.py", "--evaluate runs/RUN/model.pt --no-such-flag"),
-        ("benchmark/grid.py", "--env-ids Ant-v2-4x2 --variants a=--no-such-flag"),
-        ("benchmark/grid.py", "--env-ids Ant-v2-4x2 -- --sharing some"),
+        ("tools/grid.py", "--env-ids Ant-v2-4x2 --variants a=--no-such-flag"),
+        ("tools/grid.py", "--env-ids Ant-v2-4x2 -- --sharing some"),
         ("benchmark/compare_commits.py", "--versions 'after=HEAD --no-such-flag'"),
         ("benchmark/soak.py", "--minutes 1 --no-such-flag"),
         ("benchmark/emulate_bfloat16.py", "kalei_mappo_mamujoco.py --no-such-flag"),
         ("benchmark/training_speed.py", "--modes fast"),
-        ("benchmark/figures.py", "--runs runs/*__* --no-such-flag 1"),
+        ("tools/figures.py", "--runs runs/*__* --no-such-flag 1"),
     ],
 )
 def test_a_wrong_flag_is_found(script, arguments):
@@ -161,7 +161,9 @@ def test_a_wrong_flag_is_found(script, arguments):
 def test_the_pages_name_both_scripts_and_all_benchmarks():
     named = {script for _, script, _ in ALL_COMMANDS}
     scripts = {"kalei_matd3_mamujoco.py", "kalei_mappo_mamujoco.py"}
-    scripts |= {f"benchmark/{path.name}" for path in ROOT.glob("benchmark/*.py") if '"__main__"' in path.read_text()}
+    for folder in ("tools", "benchmark"):
+        paths = ROOT.glob(f"{folder}/*.py")
+        scripts |= {f"{folder}/{path.name}" for path in paths if '"__main__"' in path.read_text()}
     assert named >= scripts
 
 
@@ -177,7 +179,7 @@ def expand(pattern):
 def test_files_that_commands_read_are_there():
     for page, script, arguments in ALL_COMMANDS:
         for pattern in arguments:
-            if script.startswith("benchmark/") and pattern.startswith(("runs/reference/", "tests/reference/")):
+            if "/" in script and pattern.startswith(("published/runs/", "tests/reference/")):
                 for each in expand(pattern):
                     assert glob.glob(str(ROOT / each)), f"{name_of(page)}: {script} {pattern}"
 
@@ -273,7 +275,7 @@ def test_each_published_run_is_in_one_row():
     rows = re.findall(r"^\|(.*)$", (ROOT / "docs/reproducing.md").read_text(), re.M)
     patterns = [pattern for row in rows for pattern in re.findall(r"`([^`\s]+__\*)`|`([^`\s]+_\*)`", row)]
     patterns = [first or second for first, second in patterns]
-    folders = [path.name for path in (ROOT / "runs/reference").iterdir() if path.is_dir()]
+    folders = [path.name for path in (ROOT / "published/runs").iterdir() if path.is_dir()]
     for folder in folders:
         assert sum(fnmatch.fnmatchcase(folder, pattern) for pattern in patterns) == 1, folder
     for pattern in patterns:

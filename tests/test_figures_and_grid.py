@@ -1,4 +1,4 @@
-"""benchmark/figures.py against numbers by hand and by NumPy; grid.py with a stub and a real script; publish.py."""
+"""tools/figures.py against numbers by hand and by NumPy; grid.py with a stub and a real script; publish.py."""
 
 import csv
 import fcntl
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from benchmark import figures, grid, publish
+from tools import figures, grid, publish
 
 ROOT = Path(grid.__file__).resolve().parent.parent
 TAG = "charts/eval_return"

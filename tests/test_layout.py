@@ -1,4 +1,4 @@
-"""Imports go one way: benchmark and tests -> scripts -> experiment -> the environment, and never in a circle."""
+"""Imports go one way: tools, benchmark and tests -> scripts -> experiment -> the environment, and never in a circle."""
 
 import ast
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LAYERS = ("mamujoco_env", "experiment", "kalei_", "benchmark", "tests")  # the lowest first
-FOLDERS = (ROOT, ROOT / "experiment", ROOT / "benchmark", ROOT / "tests")
+LAYERS = ("mamujoco_env", "experiment", "kalei_", "tools", "benchmark", "tests")  # the lowest first
+FOLDERS = (ROOT, ROOT / "experiment", ROOT / "tools", ROOT / "benchmark", ROOT / "tests")
 # {name as in an import: file}; tests import one another by their bare names, which the order has no say in
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path

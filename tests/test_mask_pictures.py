@@ -18,13 +18,13 @@ from torch.utils.tensorboard import SummaryWriter
 
 import kalei_mappo_mamujoco as mappo
 import kalei_matd3_mamujoco as matd3
-from benchmark import masks as script
-from benchmark import one_mask
 from experiment import mask_pictures
 from experiment.checkpoints import write
 from experiment.mask_pictures import mask_difference, sparsity
 from experiment.saved_models import save_model
 from kalei_matd3_mamujoco import MaskedLinear
+from tools import masks as script
+from tools import one_mask
 
 
 def network(masks=5, sizes=((9, 6), (6, 3), (3, 1)), bias=0.0, own=False):
@@ -215,7 +215,7 @@ def test_a_network_without_masks_writes_nothing(own):
     mask_pictures.log_masks(writer, SimpleNamespace(actor=net, critic=net), 0)
 
 
-# ---- benchmark/masks.py ----
+# ---- tools/masks.py ----
 def test_script_prints_a_table_and_writes_pictures(run, models, tmp_path):
     code, out, err = run(models(matd3), "--out", "pictures", "--scale", 2)
     assert (code, err) == (0, "")
@@ -283,7 +283,7 @@ def test_script_answers_bad_input_without_a_traceback(run, models, tmp_path, wha
     assert complaint.lower() in err.lower() and "Traceback" not in out + err
 
 
-# ---- benchmark/one_mask.py ----
+# ---- tools/one_mask.py ----
 @pytest.fixture(scope="module", params=[matd3, mappo], ids=["matd3", "mappo"])
 def hopper(request, tmp_path_factory):
     """(script, args, environments, actor, file of its model) of an untrained Hopper, whose masks differ a lot."""

@@ -1,4 +1,4 @@
-"""The models in runs/reference are those whose curves lie beside them."""
+"""The models in published/runs are those whose curves lie beside them."""
 
 from pathlib import Path
 
@@ -7,11 +7,11 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from benchmark.one_mask import script_of
 from experiment.saved_models import load_actor
+from tools.one_mask import script_of
 
 ROOT = Path(__file__).resolve().parent.parent
-MODELS = sorted(ROOT.glob("runs/reference/*/model.pt"))
+MODELS = sorted(ROOT.glob("published/runs/*/model.pt"))
 
 
 def test_there_are_models_to_try():

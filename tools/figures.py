@@ -1,8 +1,8 @@
 """Figures from TensorBoard folders: learning curves, one panel a task, and the inter-quartile mean over tasks.
 
-    python benchmark/figures.py --runs runs/Ant-v2-4x2__* runs/HalfCheetah-v2-2x3__* --out figures/sharing
-    python benchmark/figures.py --runs runs/*__hc_* --variant sharing log_std --each-seed --out figures/halfcheetah
-    python benchmark/figures.py --runs runs/*__ant_* --tag charts/episodic_return --every 50000 --out figures/with_noise
+    python tools/figures.py --runs runs/Ant-v2-4x2__* runs/HalfCheetah-v2-2x3__* --out figures/sharing
+    python tools/figures.py --runs runs/*__hc_* --variant sharing log_std --each-seed --out figures/halfcheetah
+    python tools/figures.py --runs runs/*__ant_* --tag charts/episodic_return --every 50000 --out figures/with_noise
 
 Runs that differ in nothing but the seed are a variant; --variant names the hyperparameters that tell variants apart.
 Variants and tasks come in the order in which --runs first holds them.
@@ -40,8 +40,8 @@ import matplotlib.pyplot as plt  # noqa: E402, the backend comes first
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmark.grid import RUN_NAME, read_events  # noqa: E402
 from experiment.command_line import fail, require  # noqa: E402
+from tools.grid import RUN_NAME, read_events  # noqa: E402
 
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # told apart by the colour-blind, too
 LINES = ["-", "--", ":", "-."]  # where the colours do not suffice

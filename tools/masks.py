@@ -1,6 +1,6 @@
 """Pictures and a table of what the masks of a saved model share, for models of both scripts.
 
-    python benchmark/masks.py runs/RUN/model.pt --out masks
+    python tools/masks.py runs/RUN/model.pt --out masks
 
 Writes masks_actor.png and masks_critic.png (see experiment/mask_pictures.py), and prints a line a layer, in percent:
 masked weights, the mean over masks; weights that only one of two masks keeps, the mean over pairs; weights that no mask

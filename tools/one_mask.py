@@ -1,11 +1,11 @@
 """What the returns owe to the masks: a saved model with each agent's own mask, and with one agent's mask for all.
 
-    python benchmark/one_mask.py runs/RUN/model.pt
+    python tools/one_mask.py runs/RUN/model.pt
 
 Prints a line for the agents' own masks, and one for each mask with all agents under it: mean and standard deviation
 of the returns of deterministic episodes, which start alike in every line. The agents are still told apart by the id in
 their observations, and by that alone. Where the lines agree, the masks might as well be one, however much they differ
-(benchmark/masks.py says how much). For models of both scripts.
+(tools/masks.py says how much). For models of both scripts.
 """
 
 import dataclasses

@@ -1,9 +1,9 @@
 """Run a grid of tasks, variants and seeds: skip what is finished, resume what is not, go on where a run fails.
 
-    OMP_NUM_THREADS=1 python benchmark/grid.py --env-ids Ant-v2-4x2 HalfCheetah-v2-2x3 --seeds 1 2 3 --workers 2 \
+    OMP_NUM_THREADS=1 python tools/grid.py --env-ids Ant-v2-4x2 HalfCheetah-v2-2x3 --seeds 1 2 3 --workers 2 \
         --variants "kaleidoscope=" "full=--sharing full" "none=--sharing none" \
         -- --total-timesteps 2000000 --num-threads 1
-    python benchmark/grid.py --env-ids Ant-v2-4x2 --slurm -- --total-timesteps 10000000 > ant.sh && sbatch ant.sh
+    python tools/grid.py --env-ids Ant-v2-4x2 --slurm -- --total-timesteps 10000000 > ant.sh && sbatch ant.sh
 
 What follows `--` goes to all runs. A run's --exp-name is the name of its variant, so that its folder is
 runs/{env_id}__{variant}__{seed}__{time}; what it prints goes to runs/grid_logs. The same command, given again, goes on

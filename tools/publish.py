@@ -1,6 +1,6 @@
 """Copy runs for publication: their curves and hyperparameters, without pictures, histograms, models and checkpoints.
 
-    python benchmark/publish.py --runs runs/*__ant_* --out runs/reference
+    python tools/publish.py --runs runs/*__ant_* --out published/runs
 
 Event files keep their names and the order of what is in them, so that TensorBoard and figures.py show the copies as
 they show the runs. A run's megabytes become some hundred kilobytes.
