@@ -4,13 +4,13 @@
     tensorboard --logdir runs                                    # watch
     python kalei_matd3_mamujoco.py --evaluate runs/RUN/model.pt  # evaluate what --save-model wrote
 
-All agents share one actor network and all critics one critic network. What makes them differ is a learnable mask over
-the shared weights for each of them, and a loss that drives the masks apart: Li, Pan and Zhang, "Kaleidoscope: Learnable
+All agents share one actor network, and all critics share one critic network. Each agent and each critic learns its own
+mask over the shared weights, and a diversity loss drives the masks apart: Li, Pan and Zhang, "Kaleidoscope: Learnable
 Masks for Heterogeneous Multi-agent Reinforcement Learning" (NeurIPS 2024, arXiv:2410.08540). Where the paper is silent,
 the authors' released code decides.
 
-In shapes: B batch, N agents, K critics, M masks (N of the actor, K of the critic), E environments, S numbers of state,
-O of an observation, act of an agent's action.
+Shapes: B batch, N agents, K critics, M masks (N in the actor, K in the critic), E environments; S, O and act are the
+sizes of the state, an agent's observation and an agent's action.
 """
 
 import copy
@@ -21,6 +21,8 @@ import time
 from types import SimpleNamespace
 from typing import Literal
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before PyTorch: its idle threads sleep and leave cores to others
+
 import numpy as np
 import torch
 import torch.nn as nn
@@ -30,11 +32,12 @@ from tqdm import tqdm
 from experiment import processes
 from experiment.checkpoints import check_resumed, read_checkpoint, restore_checkpoint, write_checkpoint
 from experiment.command_line import check_ranges, fail, require
-from experiment.films import open_viewer, save_film
+from experiment.evaluation import evaluate, evaluate_and_save
+from experiment.films import open_viewer
 from experiment.hardware import device_type, keep_freed_memory, require_memory, resolve_precision
-from experiment.mask_pictures import log_mask_shares, log_masks
-from experiment.run_folder import log_episodes, log_evaluation, log_scalars, open_run, reached
-from experiment.saved_models import evaluate_model, save_model
+from experiment.mask_pictures import log_mask_shares
+from experiment.run_folder import log_episodes, log_scalars, open_run, print_outcome, reached
+from experiment.saved_models import evaluate_model
 from experiment.stopping import StopSignals, stop_if_diverged
 from mamujoco_env import MaMuJoCoVecEnv, agent_observations, standardise
 
@@ -45,71 +48,73 @@ class Args:
 
     # run
     exp_name: str = os.path.basename(__file__)[: -len(".py")]  # name of this experiment, part of the run's folder
-    seed: int = 1  # of the weights, the exploration, the minibatches and the environments
-    total_timesteps: int = 10_000_000  # environment steps of the run, over all environments
-    log_interval: int = 5_000  # environment steps between two entries of losses and masks in TensorBoard; 0: none
-    eval_interval: int = 100_000  # environment steps between two evaluations; 0: at the end only
-    eval_episodes: int = 40  # of an evaluation, one in each of as many environments; 0: no evaluation
-    save_model: bool = False  # write actor and critic to model.pt in the run's folder, at every evaluation
-    capture_video: bool = False  # film an episode of each evaluation: a GIF in the run's folder, or beside the model
+    seed: int = 1  # random seed
+    total_timesteps: int = 10_000_000  # environment steps of the run, summed over environments
+    log_interval: int = 5_000  # environment steps between log entries of losses and masks; 0: no such entries
+    eval_interval: int = 100_000  # environment steps between evaluations; 0: only at the end
+    eval_episodes: int = 40  # episodes per evaluation, each in its own environment; 0: no evaluation
+    save_model: bool = False  # write actor and critic to model.pt in the run's folder at every evaluation
+    capture_video: bool = False  # film an episode of each evaluation as a GIF in the run's folder, or beside the model
     render: bool = False  # show an episode of each evaluation in a window, unless it is filmed
-    track: bool = False  # log to Weights & Biases as well, to the project and team in WANDB_PROJECT and WANDB_ENTITY
-    checkpoint_interval: int = 0  # environment steps between two checkpoints, for --resume; 0: none
-    resume: str | None = None  # go on with the run in this folder, with its flags; --total-timesteps may move its end
-    evaluate: str | None = None  # do not train: evaluate the model in this file, on its own task and with its flags
+    track: bool = False  # also log to Weights & Biases: project WANDB_PROJECT, team WANDB_ENTITY
+    checkpoint_interval: int = 0  # environment steps between checkpoints for --resume; 0: no checkpoints
+    resume: str | None = None  # continue the run in this folder with its flags; --total-timesteps may move its end
+    evaluate: str | None = None  # evaluate the model in this file or run folder, on its own task; no training
 
     # environment
-    env_id: str | None = None  # a robot and its division into agents; by default Ant-v2-4x2, or the model's
-    agent_obsk: int | None = None  # agents see their joints and those so many steps away; by default the full state
-    episode_limit: int = 1_000  # steps after which an episode is cut; a cut is not a termination
-    num_envs: int = 10  # environments stepped side by side (E), by each process
+    env_id: str | None = None  # robot, version and partition; default: Ant-v2-4x2, or the model's
+    agent_obsk: int | None = None  # agents see joints up to this many steps from their own; default: the full state
+    episode_limit: int = 1_000  # steps after which an episode is truncated, which is not a termination
+    num_envs: int = 10  # environments stepped in parallel by each process (E)
 
     # speed
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # of networks and updates; auto takes the GPU if there is one
-    num_threads: int = 0  # for the physics, 0 for one per CPU; OMP_NUM_THREADS sets PyTorch's
-    precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"  # auto: tf32 on GPUs, on CPUs bfloat16 if native
-    cudagraph: bool = True  # on a GPU, launch a whole update at once, not kernel by kernel; not with several processes
-    compile: bool = False  # let torch.compile fuse the updates' kernels, which takes minutes at the start
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # device of the networks; auto: the GPU if there is one
+    num_threads: int = 0  # threads for the physics, 0: one per CPU; OMP_NUM_THREADS sets PyTorch's threads
+    precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"  # auto: tf32 on GPUs, bfloat16 on CPUs with it
+    cudagraph: bool = True  # on a GPU, launch each update as one CUDA graph; ignored with several processes
+    compile: bool = False  # fuse the updates' kernels by torch.compile, which takes minutes at the start
 
     # MATD3
-    sharing: Literal["kaleidoscope", "full", "none"] = "kaleidoscope"  # actors share all but masks, all, or nothing
-    buffer_size: int = 1_000_000  # transitions that the replay buffer holds
-    batch_size: int = 1_000  # transitions in an update (B)
-    warmup_steps: int = 10_000  # environment steps of uniformly random actions before the first update
-    train_interval: int = 50  # steps of every environment between two rounds of updates
-    updates_per_round: int = 50  # critic updates in a round
-    policy_freq: int | None = None  # critic updates for one policy update; by default the value of TUNED for the env id
-    n_step: int | None = None  # rewards in an n-step return; by default the value of TUNED for the env id
+    sharing: Literal["kaleidoscope", "full", "none"] = "kaleidoscope"  # agents share all but masks, all, or nothing
+    buffer_size: int = 1_000_000  # transitions in the replay buffer
+    batch_size: int = 1_000  # transitions per update (B)
+    warmup_steps: int = 10_000  # environment steps with uniformly random actions before the first update
+    train_interval: int = 50  # steps per environment between two rounds of updates
+    updates_per_round: int = 50  # critic updates per round
+    policy_freq: int | None = None  # critic updates per policy update; default: the task's value in TUNED
+    n_step: int | None = None  # rewards in an n-step return; default: the task's value in TUNED
     gamma: float = 0.99  # discount
-    polyak: float = 0.005  # rate of the targets; a target actor that N agents share takes N steps of it, as released
+    polyak: float = 0.005  # rate of target averaging (tau); a target actor shared by N agents takes N steps
     actor_lr: float = 5e-4  # Adam's learning rate for the actor's weights and thresholds
     critic_lr: float = 1e-3  # Adam's learning rate for the critic's weights and thresholds
     exploration_noise: float = 0.1  # std of the noise on actions, in half action ranges
     policy_noise: float = 0.2  # std of the noise on target actions, in half action ranges
     noise_clip: float = 0.5  # bound of the noise on target actions, in half action ranges
-    hidden_size: int = 256  # width of the two hidden layers of actor and critic
+    hidden_size: int = 256  # width of both hidden layers of actor and critic
 
-    # masks of the actor, one an agent
+    # actor: one mask for each agent
     actor_threshold_scale: float = 5.0  # thresholds start as -(U[0, 1) * scale + bias); |W| > sigmoid(s) is kept
     actor_threshold_bias: float = 5.0  # see actor_threshold_scale
     actor_diversity_coef: float = 0.1  # beta: the diversity loss is scaled to this share of the actor loss; 0: off
-    actor_reset_interval: int = 1_000_000  # environment steps between two resets of weights that no mask keeps; 0: off
-    actor_reset_ratio: float = 0.5  # probability that such a weight is reset
+    actor_reset_interval: int = 1_000_000  # environment steps between resets of weights that no mask keeps; 0: off
+    actor_reset_ratio: float = 0.5  # probability of resetting such a weight
 
-    # masks of the critic, one a member of the ensemble
-    num_critics: int = 5  # members of the critic ensemble (K)
-    critic_threshold_scale: float = 20.0  # as actor_threshold_scale
-    critic_threshold_bias: float = 0.0  # as actor_threshold_bias
+    # critic: one mask for each member of the ensemble
+    num_critics: int = 5  # members of the ensemble (K)
+    critic_sharing: Literal["kaleidoscope", "none"] = "kaleidoscope"  # as sharing; none: as in TD3
+    critic_layer_norm: bool = True  # LayerNorm before each ReLU of the critic
+    critic_threshold_scale: float = 20.0  # see actor_threshold_scale
+    critic_threshold_bias: float = 0.0  # see actor_threshold_scale
     critic_diversity_coef: float = 0.1  # beta: the diversity loss is scaled to this share of the critic loss; 0: off
-    critic_reset_interval: int = 800_000  # environment steps between two resets of one member's thresholds; 0: off
+    critic_reset_interval: int = 800_000  # environment steps between resets of one member's thresholds; 0: off
 
-    # masks of both
-    layer_weights: tuple[float, float, float] = (1.0, 2.0, 4.0)  # lambda: of the layers, in the diversity loss
-    weighted_diversity: bool = True  # weigh differences of masks by |W|
-    deque_len: int = 100  # policy updates whose losses are averaged for the adaptive coefficients
+    # actor and critic
+    layer_weights: tuple[float, float, float] = (1.0, 2.0, 4.0)  # lambda: weights of the layers in the diversity loss
+    weighted_diversity: bool = True  # weight a difference of masks by |W|
+    deque_len: int = 100  # policy updates over which losses are averaged for the adaptive coefficients
 
 
-# (n_step, policy_freq) as tuned by the authors, taken for v5 tasks too; a flag that is set wins
+# (n_step, policy_freq) as tuned by the authors, used for v5 tasks too; flags override them
 TUNED = {
     "Ant-v2-4x2": (5, 2),
     "HalfCheetah-v2-2x3": (10, 2),
@@ -119,29 +124,30 @@ TUNED = {
     "manyagent_swimmer-10x2": (10, 2),
 }
 UNTUNED = (10, 2)  # for the other env ids
-UNMASKED = 1_000.0  # threshold bias that masks nothing: sigmoid(-1000) is 0
 
 
 # ---- Masked networks ----
 class MaskedLinear(nn.Module):
     """One weight W (out, in) and bias (out,), shared by M masks with thresholds s (M, out, in).
 
-    Mask k keeps the weights with |W| > sigmoid(s_k) and shrinks what it keeps, W_k = sign(W) relu(|W| - sigmoid(s_k)),
-    so that gradients reach W and s_k: the paper's adaptive partial parameter sharing, by the soft-threshold
-    reparameterisation of Kusupati et al. 2020. With `own`, nothing is shared: every mask has a W and a bias of its own,
-    (M, out, in) and (M, 1, out).
+    Mask k keeps the weights with |W| > sigmoid(s_k) and shrinks them by that: W_k = sign(W) relu(|W| - sigmoid(s_k)).
+    Gradients reach W and s_k through W_k: the paper's adaptive partial parameter sharing, by the soft-threshold
+    reparameterisation of Kusupati et al. 2020. The other ways of sharing have no thresholds. `full`: all M use W as it
+    is. `none`: each of the M has its own weight and bias, (M, out, in) and (M, 1, out).
     """
 
-    def __init__(self, num_masks, inputs, outputs, threshold_scale, threshold_bias, own=False):
+    def __init__(self, num_masks, inputs, outputs, sharing, threshold_scale, threshold_bias):
         super().__init__()
-        self.threshold_scale, self.threshold_bias, self.own = threshold_scale, threshold_bias, own
-        self.weight = nn.Parameter(torch.empty((num_masks, outputs, inputs) if own else (outputs, inputs)))
-        self.bias = nn.Parameter(torch.empty((num_masks, 1, outputs) if own else outputs))
-        self.thresholds = nn.Parameter(torch.empty(num_masks, outputs, inputs))
+        self.num_masks, self.separate = num_masks, sharing == "none"
+        self.threshold_scale, self.threshold_bias = threshold_scale, threshold_bias
+        self.weight = nn.Parameter(torch.empty((num_masks, outputs, inputs) if self.separate else (outputs, inputs)))
+        self.bias = nn.Parameter(torch.empty((num_masks, 1, outputs) if self.separate else outputs))
+        self.thresholds = nn.Parameter(torch.empty(num_masks, outputs, inputs)) if sharing == "kaleidoscope" else None
         with torch.no_grad():
             self.bias.uniform_(-(inputs**-0.5), inputs**-0.5)
             self.weight.copy_(self.fresh_weight())
-            self.thresholds.copy_(self.fresh_thresholds())
+            if self.thresholds is not None:
+                self.thresholds.copy_(self.fresh_thresholds())
 
     def fresh_weight(self):
         """Like W, drawn as torch.nn.Linear draws it."""
@@ -152,75 +158,76 @@ class MaskedLinear(nn.Module):
         """(M, out, in), drawn as -(U[0, 1) * scale + bias)."""
         return -(torch.rand_like(self.thresholds) * self.threshold_scale + self.threshold_bias)
 
-    def effective(self, masks=slice(None)):
-        """What the masks in a slice make of W and bias: (m, out, in), and (out,) or, with `own`, (m, 1, out)."""
-        weight, bias = (self.weight[masks], self.bias[masks]) if self.own else (self.weight, self.bias)
-        kept = torch.relu(weight.abs() - torch.sigmoid(self.thresholds[masks]))
-        return torch.sign(weight.detach()) * kept, bias  # autograd would compute the sign's gradient, which is 0
+    def effective(self, which=slice(None)):
+        """Effective weights (m, out, in) of a slice of m masks, and their bias: (out,) or, with `none`, (m, 1, out)."""
+        if self.separate:
+            return self.weight[which], self.bias[which]
+        if self.thresholds is None:
+            return self.weight.expand(self.num_masks, -1, -1)[which], self.bias
+        kept = torch.relu(self.weight.abs() - torch.sigmoid(self.thresholds[which]))
+        return torch.sign(self.weight.detach()) * kept, self.bias  # detach: the gradient of a sign is 0
 
     def masks(self):
-        """(M, out, in) bool: what each mask keeps."""
+        """(M, out, in) bool: the weights that each mask keeps."""
         return self.weight.abs() > torch.sigmoid(self.thresholds)
 
 
 def masked_linear(x, weight, bias):
-    """x (B, in) or (M, B, in) by M layers (M, out, in) -> (M, B, out): product in the weight's dtype, sum in bias's."""
+    """M layers (M, out, in) on x (B, in) or (M, B, in) -> (M, B, out). Multiply in weight's dtype, add in bias's."""
     x = x.to(weight.dtype).expand(len(weight), -1, -1)
-    if weight.dtype != bias.dtype:  # bfloat16: operands and product are rounded, what follows is float32
+    if weight.dtype != bias.dtype:  # bfloat16: round the operands and the product, then go on in float32
         return bias + x @ weight.mT
     return torch.baddbmm(bias, x, weight.mT)
 
 
 class MaskedMLP(nn.Module):
-    """Three masked layers with ReLU between them, and with `layer_norm` a LayerNorm, shared by the masks, before it.
+    """M networks of three masked layers with ReLU between them and, with `layer_norm`, a LayerNorm before each ReLU.
 
-    `sharing` says what the M masks' networks have in common:
-      kaleidoscope   everything but the masks
-      full           everything: the thresholds' sigmoids are 0, which keeps all of W as it is
-      none           nothing: the same thresholds, and a W and a bias of their own
-    The effective layers are an argument of their own, since they often stay the same over many products.
+    `sharing` is what they have in common: all but the masks (kaleidoscope), everything (full) or nothing (none).
+    Callers compute the effective layers once and pass them in, since these often serve many products.
     """
 
-    def __init__(self, num_masks, sizes, thresholds, layer_norm, sharing, precision="float32"):
-        """sizes: (inputs, hidden, outputs); thresholds: their (scale, bias) at the start."""
+    def __init__(self, num_masks, sizes, sharing, thresholds, layer_norm, precision="float32"):
+        """sizes: (inputs, hidden, outputs); thresholds: (scale, bias) of their first values."""
         super().__init__()
         self.bfloat16 = precision == "bfloat16"
-        (inputs, hidden, outputs), (scale, bias) = sizes, thresholds
-        thresholds = (scale, bias if sharing == "kaleidoscope" else UNMASKED)
+        inputs, hidden, outputs = sizes
         shapes = ((inputs, hidden), (hidden, hidden), (hidden, outputs))
-        layers = [MaskedLinear(num_masks, *shape, *thresholds, own=sharing == "none") for shape in shapes]
-        self.layers = nn.ModuleList(layers)
-        self.norms = nn.ModuleList(nn.LayerNorm(hidden) if layer_norm else nn.Identity() for _ in range(2))
+        self.layers = nn.ModuleList(MaskedLinear(num_masks, *shape, sharing, *thresholds) for shape in shapes)
+        self.masked = sharing == "kaleidoscope"
+        # networks that share nothing have norms without scale and shift
+        norms = (nn.LayerNorm(hidden, elementwise_affine=sharing != "none") for _ in range(2))
+        self.norms = nn.ModuleList(norms if layer_norm else (nn.Identity(), nn.Identity()))
 
-    def effective_layers(self, masks=slice(None)):
-        """Effective weights (M, out, in), those of hidden layers in the dtype of their products, and biases."""
-        *hidden, output = [layer.effective(masks) for layer in self.layers]
+    def effective_layers(self, which=slice(None)):
+        """[(weight (m, out, in), bias)] of a slice of m masks, hidden weights in the dtype of their products."""
+        *hidden, output = [layer.effective(which) for layer in self.layers]
         return [(weight.bfloat16() if self.bfloat16 else weight, bias) for weight, bias in hidden] + [output]
 
-    def forward(self, x, layers):
-        """x (B, in) or (M, B, in) -> (M, B, out), through effective layers: one product a layer for all masks."""
-        return self.after_first(masked_linear(x, *layers[0]), layers)
+    def forward(self, x, effective):
+        """x (B, in) or (M, B, in) -> (M, B, out): for each effective layer, one product for all masks."""
+        return self.after_first(masked_linear(x, *effective[0]), effective)
 
-    def after_first(self, x, layers):
-        """The same from the first layer's output (M, B, hidden) on, which is written to."""
-        for norm, layer in zip(self.norms, layers[1:], strict=True):
+    def after_first(self, x, effective):
+        """The rest of forward, from the first layer's output x (M, B, hidden). May overwrite x."""
+        for norm, layer in zip(self.norms, effective[1:], strict=True):
             x = masked_linear(torch.relu_(norm(x)), *layer)
         return x
 
 
 class Actor(MaskedMLP):
-    """Deterministic policies of N agents, one mask each: tanh scaled to the action bounds low, high (N, act)."""
+    """Deterministic policies of N agents, one mask each: tanh, scaled to the action bounds low and high (N, act)."""
 
     def __init__(self, observation_size, low, high, args):
         thresholds = (args.actor_threshold_scale, args.actor_threshold_bias)
         sizes = (observation_size, args.hidden_size, low.shape[1])
-        super().__init__(len(low), sizes, thresholds, False, args.sharing, args.precision)
+        super().__init__(len(low), sizes, args.sharing, thresholds, False, args.precision)
         for name, value in (("low", low), ("high", high), ("centre", (high + low) / 2), ("scale", (high - low) / 2)):
             self.register_buffer(name, torch.as_tensor(value))
 
-    def act(self, obs, layers):
+    def act(self, obs, effective):
         """All agents: obs (B, N, O) -> actions (B, N, act)."""
-        return torch.tanh(self(obs.transpose(-3, -2), layers)).transpose(-3, -2) * self.scale + self.centre
+        return torch.tanh(self(obs.transpose(-3, -2), effective)).transpose(-3, -2) * self.scale + self.centre
 
     def act_alone(self, obs, agent):
         """One agent: its obs (B, O) -> its actions (B, act)."""
@@ -233,45 +240,48 @@ class Critic(MaskedMLP):
 
     def __init__(self, inputs, args):
         thresholds = (args.critic_threshold_scale, args.critic_threshold_bias)
-        sizes = (inputs, args.hidden_size, 1)
-        super().__init__(args.num_critics, sizes, thresholds, True, "kaleidoscope", args.precision)
+        sizes, norm = (inputs, args.hidden_size, 1), args.critic_layer_norm
+        super().__init__(args.num_critics, sizes, args.critic_sharing, thresholds, norm, args.precision)
 
 
 # ---- Mask diversity ----
 class PairwiseMaskDifference(torch.autograd.Function):
-    """sum_ij || (M_i - M_j) * |W| ||_1 over all ordered pairs of masks of a layer, in O(M) and not O(M^2).
+    """sum_ij || (M_i - M_j) * |W| ||_1 over all ordered pairs of a layer's masks, in O(M) instead of O(M^2).
 
-    Where k of the M masks keep a weight, 2 k (M - k) ordered pairs differ. The gradient towards mask i is that of
-    the plain form, 2 (M M_i - k) |W|, not autograd's of k (M - k). It passes through the step function
-    M_i = 1[|W| > sigmoid(s_i)] as tanh(gradient) and reaches the thresholds only: W counts as a constant.
+    A weight that k of the M masks keep differs in 2 k (M - k) ordered pairs. backward gives mask i the gradient of the
+    sum above, 2 (M M_i - k) |W|; autograd on k (M - k) would give all masks the same one. The step function
+    M_i = 1[|W| > sigmoid(s_i)] passes it on as tanh(gradient), to thresholds only, not to W.
     """
 
     @staticmethod
     def forward(ctx, thresholds, weight, weighted):
-        """thresholds (..., M, out, in), weight (..., out, in) -> (...)."""
+        """thresholds (M, out, in), weight (out, in) -> ()."""
         sigmoid, magnitude = torch.sigmoid(thresholds), weight.abs()
-        masks = magnitude.unsqueeze(-3) > sigmoid
+        masks = magnitude > sigmoid
         importance = magnitude if weighted else torch.ones_like(magnitude)
-        keep = masks.sum(-3, dtype=weight.dtype)  # k of each weight
-        drop = masks.shape[-3] - keep
+        keep = masks.sum(0, dtype=weight.dtype)  # k of each weight
+        drop = len(masks) - keep
         ctx.save_for_backward(sigmoid, masks, keep * importance, drop * importance)
-        return (2 * keep * drop * importance).sum((-2, -1))
+        return (2 * keep * drop * importance).sum()
 
     @staticmethod
     def backward(ctx, grad):
         sigmoid, masks, keep, drop = ctx.saved_tensors
-        grad = 2 * grad[..., None, None]
-        kept, dropped = torch.tanh(grad * drop), torch.tanh(-grad * keep)  # towards masks that keep or drop a weight
+        kept, dropped = torch.tanh(2 * grad * drop), torch.tanh(-2 * grad * keep)  # for masks that keep, drop a weight
         slope = (sigmoid - 1).mul_(sigmoid)  # of -sigmoid(s)
-        return slope.mul_(torch.where(masks, kept.unsqueeze(-3), dropped.unsqueeze(-3))), None, None
+        return slope.mul_(torch.where(masks, kept, dropped)), None, None
 
 
 def diversity_loss(network, layer_weights, weighted=True):
-    """L_div, the paper's diversity regularisation, normalised as released: minus the weighted mean difference."""
-    num_masks = network.layers[0].thresholds.shape[-3]
-    num_weights = sum(layer.weight.shape[-2] * layer.weight.shape[-1] for layer in network.layers)
-    loss = 0.0
-    for layer_weight, layer in zip(layer_weights, network.layers, strict=True):
+    """L_div, the paper's diversity regularisation: (), minus the weighted mean difference of masks; 0 without masks.
+
+    Normalised as in the released code, by M (M - 1) and the number of weights.
+    """
+    layers = network.layers
+    if not network.masked:
+        return layers[0].weight.new_zeros(())
+    loss, num_masks, num_weights = 0.0, len(layers[0].thresholds), sum(layer.weight.numel() for layer in layers)
+    for layer_weight, layer in zip(layer_weights, layers, strict=True):
         loss = loss - layer_weight * PairwiseMaskDifference.apply(layer.thresholds, layer.weight.detach(), weighted)
     return loss / max(num_masks * (num_masks - 1) * num_weights, 1)
 
@@ -282,7 +292,7 @@ class AdaptiveCoefficient(nn.Module):
     def __init__(self, beta, length, device):
         super().__init__()
         self.beta = beta
-        # rings on the device, with equally many losses, so that the ratio of their sums is that of means
+        # two ring buffers of equal length on the device: the ratio of their sums is the ratio of their means
         self.register_buffer("losses", torch.zeros(2, length, device=device))
         self.register_buffer("slot", torch.zeros(1, dtype=torch.long, device=device))
 
@@ -298,13 +308,13 @@ class AdaptiveCoefficient(nn.Module):
 
 # ---- Resets ----
 def reset_due(interval, previous_step, step, total_steps):
-    """Whether a multiple of `interval` was reached, and more than one interval is left before the run's end."""
+    """Whether a multiple of `interval` was reached. No reset happens during the run's last interval."""
     return reached(interval, previous_step, step) and total_steps - step > interval
 
 
 @torch.no_grad()
 def reset_actor(actor, ratio):
-    """Draw afresh, with probability `ratio`, each weight that no mask keeps, and its thresholds. Returns how many."""
+    """Draw anew, with probability `ratio`, each weight that no mask keeps, and its thresholds. Returns how many."""
     num_reset = 0
     for layer in actor.layers:
         reset = ~layer.masks().any(0) & (torch.rand_like(layer.weight) < ratio)
@@ -316,7 +326,7 @@ def reset_actor(actor, ratio):
 
 @torch.no_grad()
 def reset_critic(critic, number):
-    """Draw the thresholds of one member afresh. Members take turns: 0 at reset number 1, then 1, .... Returns which."""
+    """Draw one member's thresholds anew and return which: member 0 at reset number 1, then 1, 2, ..., in turn."""
     member = (number - 1) % len(critic.layers[0].thresholds)
     for layer in critic.layers:
         layer.thresholds[member] = layer.fresh_thresholds()[member]
@@ -325,11 +335,11 @@ def reset_critic(critic, number):
 
 # ---- n-step replay ----
 class Replay:
-    """A ring of `rows` steps of E environments, on the device. It holds states only: they imply the observations."""
+    """A ring of `rows` steps of E environments on the device. It stores states only: observations follow from them."""
 
     def __init__(self, rows, num_envs, state_size, action_shape, n_step, gamma, device, columns=None):
         shape = (rows, num_envs)
-        # zeros, since an n-step return looks ahead into rows that are not filled yet, and NaN times 0 is NaN
+        # zeros: n-step returns multiply rows that are not filled yet by 0, and NaN times 0 is NaN
         self.state = torch.zeros(*shape, state_size, device=device)
         self.next_state = torch.zeros(*shape, state_size, device=device)
         self.actions = torch.zeros(*shape, *action_shape, device=device)
@@ -339,9 +349,9 @@ class Replay:
         self.steps_ahead = torch.arange(n_step, device=device)
         self.gamma = gamma
         self.rows, self.num_envs, self.num_agents = rows, num_envs, action_shape[0]
-        self.columns = None if columns is None else torch.as_tensor(columns, device=device)  # that agents see
+        self.columns = None if columns is None else torch.as_tensor(columns, device=device)
         self.next_row = 0
-        # rows, as tensors on the device, so that sampling can be captured in a graph
+        # tensors on the device, because a CUDA graph of `sample` would freeze Python's numbers
         self.newest = torch.zeros((), dtype=torch.long, device=device)
         self.filled = torch.zeros((), dtype=torch.long, device=device)
 
@@ -359,9 +369,9 @@ class Replay:
         self.filled.add_(len(steps)).clamp_(max=self.rows)
 
     def n_step_return(self, row, env):
-        """From rows and environments (B,): reward (B,), discount (B,), and the row (B,) of the last step reached.
+        """From rows and environments (B,): reward (B,), discount (B,), and the row (B,) of the return's last step.
 
-        The return takes up to n rewards. It stops after a step that ended the episode, and at the newest step.
+        The return sums up to n rewards. It stops after a step that ended the episode, and at the newest step.
         """
         rows = (row[:, None] + self.steps_ahead) % self.rows  # (B, n)
         last = self.ended[rows, env[:, None]] | (rows == self.newest)
@@ -371,9 +381,9 @@ class Replay:
         return (rewards * taken).sum(1), self.gamma**num_taken, (row + num_taken - 1) % self.rows
 
     def sample(self, batch_size):
-        """A batch of n-step transitions as the networks see them, drawn with replacement, uniformly."""
+        """Draw a batch of n-step transitions uniformly, with replacement, as the networks see them."""
         device = self.reward.device
-        # float64, so that every row can be drawn and rounding never reaches `filled`
+        # float64: float32 could not draw every row of a large buffer, and could round up to `filled`
         row = (torch.rand(batch_size, dtype=torch.float64, device=device) * self.filled).long()
         env = torch.randint(self.num_envs, (batch_size,), device=device)
         reward, discount, last = self.n_step_return(row, env)
@@ -392,7 +402,7 @@ class Replay:
 
 # ---- The update ----
 class Learner(nn.Module):
-    """Networks, targets, optimisers and loss histories, and the updates that change them in place on the device."""
+    """Networks, targets, optimisers and loss histories on the device, and the updates that change them in place."""
 
     def __init__(self, state_size, low, high, args, device, columns=None):
         super().__init__()
@@ -408,13 +418,13 @@ class Learner(nn.Module):
         self.actor_optimizer = torch.optim.Adam(self.actor_parameters, lr=args.actor_lr, **adam)
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=args.critic_lr, **adam)
         self.optimizers = [self.actor_optimizer, self.critic_optimizer]
-        # in critic updates and in agents' updates, both the length of `deque_len` policy updates
+        # `deque_len` policy updates, counted in critic updates and in single agents' updates
         critic_length, actor_length = args.deque_len * args.policy_freq, args.deque_len * self.num_agents
         self.critic_coefficient = AdaptiveCoefficient(args.critic_diversity_coef, critic_length, device)
         self.actor_coefficient = AdaptiveCoefficient(args.actor_diversity_coef, actor_length, device)
 
     def update_critic(self, batch):
-        """One step on the members' mean squared TD errors. Returns its losses as detached scalars on the device."""
+        """One step on the members' mean squared TD errors. Returns {name: detached loss (), on the device}."""
         args = self.args
         with torch.no_grad():
             actor = self.target_actor
@@ -425,7 +435,7 @@ class Learner(nn.Module):
             next_input = torch.cat([batch.next_state, next_actions.flatten(-2)], -1)
             next_values = self.target_critic(next_input, self.target_critic.effective_layers()).squeeze(-1)  # (K, B)
             bootstrap = batch.discount * ~batch.terminated
-            target = batch.reward + bootstrap * next_values.amin(-2)  # (B,): the lowest of the members, as TD3's
+            target = batch.reward + bootstrap * next_values.amin(-2)  # (B,): the lowest member's, as in TD3
 
         critic_input = torch.cat([batch.state, batch.actions.flatten(-2)], -1)
         values = self.critic(critic_input, self.critic.effective_layers()).squeeze(-1)  # (K, B)
@@ -447,50 +457,57 @@ class Learner(nn.Module):
         }
 
     def update_actor(self, batch):
-        """One step for each agent in turn on the shared weights. Returns mean losses over agents, on the device.
+        """One step for each agent in turn. Returns {name: loss (), the mean over agents}, detached, on the device.
 
-        Agent i's loss takes agent i's action from its policy, and the others' from the buffer.
+        In agent i's loss, agent i's action comes from its policy, and the others' come from the replay buffer.
         """
         args, act = self.args, self.act_size
-        with torch.no_grad():  # the critic stays the same for all agents, and so does most of its first layer
-            critic_layers = self.critic.effective_layers()
+        climbed = slice(1) if args.critic_sharing == "none" else slice(None)  # separate critics: the first, as in TD3
+        with torch.no_grad():
+            # the critic's first layer is linear: compute it once, then add what each agent's new action changes
+            critic_layers = self.critic.effective_layers(climbed)
             weight, bias = critic_layers[0]
             joint_actions = batch.actions.flatten(-2)
             first = masked_linear(torch.cat([batch.state, joint_actions], -1), weight, bias)  # (K, B, hidden)
-            action_columns = weight[..., batch.state.shape[-1] :].mT.to(first.dtype).contiguous()  # (K, N act, hidden)
+            action_weight = weight[..., batch.state.shape[-1] :].mT.to(first.dtype).contiguous()  # (K, N act, hidden)
         logs = []
         for agent in range(self.num_agents):
-            own = slice(agent * act, (agent + 1) * act)
+            columns = slice(agent * act, (agent + 1) * act)
             actions = self.actor.act_alone(batch.obs[..., agent, :], agent)
-            change = (actions - joint_actions[..., own]).expand(args.num_critics, -1, -1)
-            hidden = torch.baddbmm(first, change, action_columns[:, own])  # (K, B, hidden): only this agent's columns
+            change = (actions - joint_actions[..., columns]).expand(len(first), -1, -1)
+            hidden = torch.baddbmm(first, change, action_weight[:, columns])  # (K, B, hidden)
             loss = -self.critic.after_first(hidden, critic_layers).mean()  # over members and batch
-            diversity = torch.zeros_like(loss)  # without masks
-            if args.sharing == "kaleidoscope":
-                diversity = diversity_loss(self.actor, args.layer_weights, args.weighted_diversity)
+            diversity = diversity_loss(self.actor, args.layer_weights, args.weighted_diversity)
             coefficient = self.actor_coefficient(loss, diversity)
             total = loss + coefficient * diversity
+            # separate networks have separate gradients, so one step after the loop equals one step per agent
+            if args.sharing != "none" or agent == 0:
+                self.actor_optimizer.zero_grad()
             total.backward(inputs=self.actor_parameters)  # leaves the critic's gradients alone
-            # gradients towards networks of their own do not meet: one step at the end is one for each agent
             if args.sharing != "none" or agent == self.num_agents - 1:
                 processes.all_reduce_mean([parameter.grad for parameter in self.actor_parameters])
                 self.actor_optimizer.step()
-                self.actor_optimizer.zero_grad()
             logs.append(torch.stack([loss.detach(), diversity.detach(), coefficient]))
         loss, diversity, coefficient = torch.stack(logs).mean(0)
         return {"losses/actor": loss, "losses/actor_diversity": diversity, "coefficients/actor": coefficient}
 
     @torch.no_grad()
     def update_targets(self):
-        """Polyak averaging: once for the critic's target; for the actor's, if agents share it, N times, as released."""
+        """Polyak averaging, one step per target. A target actor that N agents share takes N steps, as released."""
         times = 1 if self.args.sharing == "none" else self.num_agents
         rates = (self.args.polyak, 1 - (1 - self.args.polyak) ** times)
         pairs = ((self.critic, self.target_critic), (self.actor, self.target_actor))
         for rate, (network, target) in zip(rates, pairs, strict=True):
             torch._foreach_lerp_(list(target.parameters()), list(network.parameters()), rate)
 
+    def gradient_norms(self):
+        """{name: norm () of the latest gradient}, for the log."""
+        networks = {"critic": self.critic, "actor": self.actor}
+        gradients = {name: [p.grad for p in network.parameters()] for name, network in networks.items()}
+        return {f"losses/{name}_grad_norm": torch.nn.utils.get_total_norm(each) for name, each in gradients.items()}
+
     def update(self, batch, with_policy):
-        """A critic update and, `with_policy`, the agents' updates and the targets'. Returns losses by name."""
+        """Update the critic and, if `with_policy`, each agent's policy and the targets. Returns {name: loss}."""
         logs = self.update_critic(batch)
         if with_policy:
             logs |= self.update_actor(batch)
@@ -502,13 +519,13 @@ class Learner(nn.Module):
 class GraphedUpdate:
     """Calls `update`, compiled if asked for, and on a GPU as a CUDA graph: recorded once, launched as a whole.
 
-    A graph repeats what was recorded, on the same memory: what it returns, the next launch overwrites. It freezes what
-    is no tensor: Python's numbers, and which way an `if` went. `update` must not wait, and returns a dict of tensors.
+    Each launch reuses the recorded memory: it overwrites the tensors returned before. Python's numbers and the branches
+    of an `if` stay as recorded. `update` returns a dict of tensors and must never wait for the GPU.
     """
 
     def __init__(self, update, device, cudagraph, compile):
         if compile:
-            torch._inductor.config.fallback_random = True  # draws what it would draw if it were not compiled
+            torch._inductor.config.fallback_random = True  # draw the numbers that eager code draws
             update = torch.compile(update)
         self.update, self.calls, self.graph = update, 0, None
         self.stream = torch.cuda.Stream(device) if cudagraph and device.type == "cuda" else None
@@ -517,7 +534,7 @@ class GraphedUpdate:
         self.calls += 1
         if self.stream is None:
             return self.update()
-        if self.calls <= 3:  # what is made once, such as Adam's moments, is made before recording, on the same stream
+        if self.calls <= 3:  # run eagerly on a side stream first, to make Adam's moments and the like before recording
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 logs = self.update()
@@ -531,35 +548,18 @@ class GraphedUpdate:
         return self.logs
 
 
-# ---- Environments and evaluation ----
+# ---- Environments ----
 def make_env(args, seed, num_envs):
-    """`num_envs` environments side by side, for training or evaluation. Another environment comes in here alone."""
+    """`num_envs` environments side by side, for training or evaluation. Put another environment in here."""
     try:
         return MaMuJoCoVecEnv(args.env_id, num_envs, seed, args.num_threads, args.episode_limit, args.agent_obsk)
     except ValueError as error:  # it names the value and what was expected
         fail(error)
 
 
-@torch.no_grad()
-def evaluate(actor, envs, seed, watch=None):
-    """(returns (E,), lengths (E,)) of each environment's first episode, without noise; `watch` sees the first one's."""
-    layers, device = actor.effective_layers(), actor.low.device
-    returns, lengths, finished = np.zeros(envs.num_envs), np.zeros(envs.num_envs), np.zeros(envs.num_envs, bool)
-    obs, _ = envs.reset(seed=seed + 1_000_000)  # other starts than training's, and the same every time
-    while not finished.all():  # all first episodes and no others, so that long and short ones count alike
-        if watch is not None and not finished[0]:
-            watch()
-        obs, _, _, _, infos = envs.step(actor.act(torch.as_tensor(obs, device=device), layers).cpu().numpy())
-        if "episode" in infos:
-            first = infos["_episode"] & ~finished
-            returns[first], lengths[first] = infos["episode"]["r"][first], infos["episode"]["l"][first]
-            finished |= first
-    return returns, lengths
-
-
 # ---- Command line ----
 def parse_args(argv=None):
-    """(args, checkpoint or None), tuned values filled in. Checked is what would go wrong late or without a word."""
+    """(args, checkpoint or None), with tuned values. Checks the flags whose mistakes would show up late, or never."""
     args, checkpoint = tyro.cli(Args, args=argv), None
     if args.resume is not None:
         checkpoint = read_checkpoint(args.resume, Args)
@@ -571,9 +571,10 @@ def parse_args(argv=None):
         if getattr(args, name) is None:
             setattr(args, name, tuned)
     check_ranges(args)
-    steps, warmup, stored = args.total_timesteps, args.warmup_steps, min(args.warmup_steps, args.buffer_size)
+    steps, warmup, per_round = args.total_timesteps, args.warmup_steps, args.train_interval * args.num_envs
     require(steps > warmup, f"--total-timesteps is {steps}, expected more than --warmup-steps {warmup}")
-    expected = f"at most the {stored} transitions that the warm-up stores"
+    stored = min((warmup // per_round + 1) * per_round, steps, args.buffer_size)
+    expected = f"at most the {stored} transitions stored before the first update (--warmup-steps, --train-interval)"
     require(args.batch_size <= stored, f"--batch-size is {args.batch_size}, expected {expected}")
     args.precision = resolve_precision(args.precision, device_type(args.device))
     return args, checkpoint
@@ -588,7 +589,7 @@ def main():
     keep_freed_memory()
     stop = StopSignals()
 
-    # set up: the same weights in all processes, other environments and draws
+    # set up: all processes start with the same weights, and each has its own environments and random numbers
     torch.manual_seed(args.seed)
     seed = processes.seed_of_process(args.seed, rank)
     envs = make_env(args, seed, args.num_envs)
@@ -605,32 +606,37 @@ def main():
     def update(with_policy):
         return learner.update(replay.sample(-(-args.batch_size // num_processes)), with_policy)
 
-    graph = (device, args.cudagraph and num_processes == 1, args.compile)  # averaging gradients in a graph is untried
+    graph = (device, args.cudagraph and num_processes == 1, args.compile)  # untried: averaging gradients in a graph
     updates = {each: GraphedUpdate(functools.partial(update, each), *graph) for each in (False, True)}  # with_policy
     if rank > 0:
         torch.manual_seed(seed)
-    global_step, num_updates, num_critic_resets, logs, status, stopping = 0, 0, 0, {}, {}, False
+    global_step, num_updates, num_critic_resets, eval_due, logs = 0, 0, 0, False, {}
     obs, _ = envs.reset()
     if checkpoint is not None:
         obs, counters, logs = restore_checkpoint(checkpoint, learner, envs, replay)
-        global_step, num_updates, num_critic_resets = counters
+        global_step, num_updates, num_critic_resets, eval_due = counters
     state = envs.state
     run_folder, writer = open_run(args, device, global_step, rank)
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", unit_scale=True, disable=rank > 0)
+    status = {"warm-up": "random actions, no losses yet"} if global_step < args.warmup_steps else {}
+    around = (eval_envs, viewer, stop, run_folder, writer, progress)
+    # on --resume, first make up for an evaluation that a signal ended early
+    eval_due = eval_due and not evaluate_and_save(learner, global_step, status, *around)
+    stopping = processes.any_process(eval_due, device)
 
     while global_step < args.total_timesteps and not stopping:
         previous_step, round_start = global_step, time.perf_counter()
 
-        # act: the weights stay the same for a whole round, and so do the effective ones
+        # act: the weights stay the same for a whole round, so compute the effective layers once
         steps = []
         with torch.no_grad():
-            layers = actor.effective_layers()
+            effective = actor.effective_layers()
             for _ in range(min(args.train_interval, -(-(args.total_timesteps - global_step) // all_envs))):
                 if global_step < args.warmup_steps:
                     uniform = torch.rand(args.num_envs, *space.shape, device=device)
                     actions = actor.low + (actor.high - actor.low) * uniform
                 else:
-                    actions = actor.act(torch.as_tensor(obs, device=device), layers)
+                    actions = actor.act(torch.as_tensor(obs, device=device), effective)
                     noise = torch.randn_like(actions) * actor.scale * args.exploration_noise
                     actions = torch.clamp(actions + noise, actor.low, actor.high)
                 actions = actions.cpu().numpy()
@@ -641,13 +647,14 @@ def main():
                 log_episodes(writer, infos, global_step)
         replay.add(steps)
 
-        # learn: what is reset learns before it acts
+        # learn: resets come first, so that updates train the new weights before they act
         if global_step > args.warmup_steps:
-            if reset_due(args.actor_reset_interval, previous_step, global_step, args.total_timesteps):
+            span = (previous_step, global_step, args.total_timesteps)
+            if actor.masked and reset_due(args.actor_reset_interval, *span):
                 num_reset = reset_actor(actor, args.actor_reset_ratio).item()
                 processes.broadcast_parameters(actor)
                 writer.add_scalar("resets/actor_weights", num_reset, global_step)
-            if reset_due(args.critic_reset_interval, previous_step, global_step, args.total_timesteps):
+            if critic.masked and reset_due(args.critic_reset_interval, *span):
                 num_critic_resets += 1
                 member = reset_critic(critic, num_critic_resets)
                 processes.broadcast_parameters(critic)
@@ -656,37 +663,34 @@ def main():
                 num_updates += 1
                 logs |= updates[num_updates % args.policy_freq == 0]()
             stop_if_diverged(learner, logs, num_updates, writer)
+            status.pop("warm-up", None)
             status["SPS"] = int((global_step - previous_step) / (time.perf_counter() - round_start))
 
         # log
         if logs and reached(args.log_interval, previous_step, global_step):
             charts = dict(updates=num_updates, unstable_episodes=infos["unstable"], SPS=status["SPS"])
-            log_scalars(writer, logs, charts, global_step)
+            log_scalars(writer, logs | learner.gradient_norms(), charts, global_step)
             log_mask_shares(writer, learner, global_step)
 
         # evaluate, save
         finished = global_step >= args.total_timesteps
-        stopping = not finished and processes.any_process(stop.received is not None, device)
         eval_due = finished or reached(args.eval_interval, previous_step, global_step)
+        eval_due = eval_due and not evaluate_and_save(learner, global_step, status, *around)  # True: cut by a signal
+        stopping = processes.any_process(stop.received is not None and (eval_due or not finished), device)
         checkpoint_due = finished or stopping or reached(args.checkpoint_interval, previous_step, global_step)
-        if eval_due and eval_envs is not None:
-            returns, lengths = evaluate(actor, eval_envs, args.seed, viewer)
-            status["eval"] = log_evaluation(writer, returns, lengths, global_step)
-            log_masks(writer, learner, global_step)
-            save_film(viewer, run_folder, writer, global_step)
-        if eval_due and args.save_model and rank == 0:
-            save_model(run_folder, learner, global_step)
         if args.checkpoint_interval and checkpoint_due:
-            counters = (global_step, num_updates, num_critic_resets)
+            counters = (global_step, num_updates, num_critic_resets, eval_due)
             write_checkpoint(run_folder, writer, learner, envs, obs, counters, logs, replay)
         progress.set_postfix(status, refresh=False)
         progress.update(global_step - previous_step)
 
-    for each in (progress, writer, envs):
+    for each in filter(None, (progress, writer, envs, eval_envs)):
         each.close()
     processes.end_processes()
     if stopping:
         stop.exit()
+    if rank == 0:
+        print_outcome(run_folder, args, status)
 
 
 if __name__ == "__main__":

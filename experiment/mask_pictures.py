@@ -24,8 +24,9 @@ LARGEST_SAMPLE = 100_000  # values in a histogram
 
 # ---- What masks share ----
 def masks_act(network):
-    """Whether the network has masks: without (--sharing full or none), all thresholds are about -1000."""
-    return any((layer.thresholds > NO_MASK_BELOW).any().item() for layer in network.layers)
+    """Whether the network has masks. In older models without masks, all thresholds are about -1000."""
+    thresholds = [layer.thresholds for layer in network.layers if layer.thresholds is not None]
+    return any((each > NO_MASK_BELOW).any().item() for each in thresholds)
 
 
 @torch.no_grad()
@@ -156,10 +157,10 @@ def draw(network, name):
 def log_mask_shares(writer, learner, step):
     """Write each layer's share of zeros, and the share of weights that one mask keeps and another drops.
 
-    Writes nothing for a single network without masks.
+    Writes nothing for a network without masks.
     """
     for name, network in (("actor", learner.actor), ("critic", learner.critic)):
-        if len(network.layers[0].thresholds) == 1 and not masks_act(network):
+        if not masks_act(network):
             continue
         for layer, share in enumerate(sparsity(network).tolist(), start=1):
             writer.add_scalar(f"masks/{name}_sparsity_layer{layer}", share, step)

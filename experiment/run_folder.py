@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+import glob
 import os
 import re
 import shutil
+import sys
 import time
 
 try:
@@ -165,3 +167,14 @@ def log_scalars(writer, logs, charts, global_step):
 def reached(interval, previous_step, step):
     """Whether the steps after previous_step, up to `step`, reached a multiple of `interval`; never if it is 0."""
     return interval > 0 and step // interval > previous_step // interval
+
+
+def print_outcome(run_folder, args, status):
+    """Print what a finished run leaves behind and how to go on. status: "eval", the last return as text, if any."""
+    script = os.path.basename(sys.modules[type(args).__module__].__file__)
+    films = sorted(glob.glob(os.path.join(glob.escape(run_folder), "*.gif")), key=os.path.getmtime)
+    lines = [("return", f"{status.get('eval')} in {args.eval_episodes} episodes")] * ("eval" in status)
+    lines += [("curves", f"tensorboard --logdir {run_folder}")]
+    lines += [("film", film) for film in films[-1:]]
+    lines += [("evaluate", f"python {script} --evaluate {run_folder}")] * args.save_model
+    print("\n".join(f"{name:>8}: {value}" for name, value in lines))
