@@ -249,7 +249,8 @@ class Actor(MaskedMLP):
         (agents, act), thresholds = low.shape, (args.actor_threshold_scale, args.actor_threshold_bias)
         sizes = (observation_size, args.hidden_size, act)
         super().__init__(agents, sizes, args.sharing, thresholds, args.output_gain, args.precision)
-        self.log_std = nn.Parameter(torch.ones(act if args.log_std == "shared" else (agents, 1, act)))
+        shared_std = args.sharing == "full" if args.log_std is None else args.log_std == "shared"
+        self.log_std = nn.Parameter(torch.ones(act if shared_std else (agents, 1, act)))
         for name, value in (("low", low), ("high", high), ("centre", (high + low) / 2), ("scale", (high - low) / 2)):
             self.register_buffer(name, torch.as_tensor(value))
         self.register_buffer("real", (self.high > self.low).float()[:, None])  # (N, 1, act): 0 for padded actions
@@ -593,7 +594,6 @@ def parse_args(argv=None):
     for name, tuned in zip(TUNED_FLAGS, TUNED.get(str(args.env_id).replace("-v5", "-v2"), UNTUNED), strict=True):
         if getattr(args, name) is None:
             setattr(args, name, tuned)
-    args.log_std = args.log_std or ("shared" if args.sharing == "full" else "agent")
     check_ranges(args)
     allowed = (args.sharing, args.log_std) != ("none", "shared")
     require(allowed, "--log-std is shared, expected agent beside --sharing none: separate networks share nothing")
@@ -674,7 +674,7 @@ def main():
         status["SPS"] = int((global_step - previous_step) / (time.perf_counter() - round_start))
         if reached(args.log_interval, previous_step, global_step):
             charts = dict(updates=num_updates, unstable_episodes=infos["unstable"], SPS=status["SPS"])
-            charts |= dict(policy_std=actor.std().mean(), lr=learner.actor_optimizer.param_groups[0]["lr"])
+            charts |= dict(policy_std=actor.std().detach().mean(), lr=learner.actor_optimizer.param_groups[0]["lr"])
             log_scalars(writer, logs, charts, global_step)
             log_mask_shares(writer, learner, global_step)
 

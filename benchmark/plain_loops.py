@@ -28,9 +28,10 @@ def forward(network, x, k):
     for index, layer in enumerate(network.layers):
         if index > 0:
             x = torch.relu(network.norms[index - 1](x))
-        weight, bias = (layer.weight[k], layer.bias[k, 0]) if layer.own else (layer.weight, layer.bias)
-        threshold = torch.sigmoid(layer.thresholds[k])
-        x = F.linear(x, torch.sign(weight) * torch.relu(torch.abs(weight) - threshold), bias)
+        weight, bias = (layer.weight[k], layer.bias[k, 0]) if layer.weight.dim() == 3 else (layer.weight, layer.bias)
+        if layer.thresholds is not None:
+            weight = torch.sign(weight) * torch.relu(torch.abs(weight) - torch.sigmoid(layer.thresholds[k]))
+        x = F.linear(x, weight, bias)
     return x
 
 
@@ -92,7 +93,9 @@ class PlainLearner:
         loss = 0.0
         for k in range(args.num_critics):
             loss = loss + F.mse_loss(forward(self.critic, critic_input, k)[:, 0], target)
-        diversity = diversity_loss(self.critic, args.layer_weights, args.weighted_diversity)
+        diversity = torch.zeros_like(loss)
+        if args.critic_sharing == "kaleidoscope":
+            diversity = diversity_loss(self.critic, args.layer_weights, args.weighted_diversity)
         self.critic_history[0].append(loss.item())
         self.critic_history[1].append(diversity.item())
         total = loss + coefficient(args.critic_diversity_coef, *self.critic_history) * diversity
@@ -102,14 +105,16 @@ class PlainLearner:
 
     def update_actor(self, batch):
         args = self.args
+        # the mean of the ensemble, or the first of separate critics, as in TD3
+        climbed = [0] if args.critic_sharing == "none" else list(range(args.num_critics))
         self.critic.requires_grad_(False)
         for agent in range(self.num_agents):
             actions = list(batch.actions.unbind(1))
             actions[agent] = self.action(self.actor, batch.obs, agent)
             critic_input = torch.cat([batch.state, *actions], -1)
             loss = 0.0
-            for k in range(args.num_critics):
-                loss = loss - forward(self.critic, critic_input, k).mean() / args.num_critics
+            for k in climbed:
+                loss = loss - forward(self.critic, critic_input, k).mean() / len(climbed)
             diversity = torch.zeros_like(loss)
             if args.sharing == "kaleidoscope":
                 diversity = diversity_loss(self.actor, args.layer_weights, args.weighted_diversity)

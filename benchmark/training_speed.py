@@ -24,6 +24,8 @@ import time
 from pathlib import Path
 from typing import Literal
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the scripts, before PyTorch
+
 import torch
 import tyro
 

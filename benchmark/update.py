@@ -10,12 +10,15 @@ of several masks at once; and how many operations on tensors an update is, of wh
 """
 
 import dataclasses
+import os
 import platform
 import statistics
 import sys
 import time
 from pathlib import Path
 from typing import Literal
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the scripts, before PyTorch
 
 import torch
 import tyro

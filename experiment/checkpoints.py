@@ -161,7 +161,8 @@ def check_resumed(args, checkpoint):
         new, flag = getattr(args, name), f"--{name.replace('_', '-')}"
         if new != old and name not in MAY_CHANGE:
             fail(f"{flag} is {new}, expected {old} beside --resume {args.resume}: so the run has learnt until now")
-    if args.total_timesteps <= step:
+    *_, eval_due = checkpoint["counters"]  # a signal had ended the evaluation at this step early
+    if args.total_timesteps <= step and not eval_due:
         expected = f"more than the {step} steps that the run in {args.resume} has made"
         fail(f"--total-timesteps is {args.total_timesteps}, expected {expected}")
     if args.total_timesteps != before.total_timesteps:

@@ -31,21 +31,23 @@ def resolve_precision(precision, kind, auto_bfloat16=True):
 
 
 def keep_freed_memory():
-    """Let glibc keep freed memory for the tensors to come, which are of the same sizes again and again.
+    """Let glibc keep freed memory, since each update allocates tensors of the same sizes again.
 
-    Without, each update on the CPU has to get their pages back from the kernel.
+    Otherwise each update on the CPU has to get those pages back from the kernel.
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its highest value: larger ones go back to the kernel
+        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its highest value; larger blocks still go back to the kernel
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
 
 
 def require_memory(what, needed, device):
-    """Fail if `needed` bytes are more than the device has: a CPU's are taken as they fill, and the run killed late."""
+    """Refuse a buffer larger than memory now: Linux would kill the run only once it has filled. needed: bytes."""
     if device.type == "cuda":
         there = torch.cuda.mem_get_info(device)[1]
-    else:
+    elif hasattr(os, "sysconf"):
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:  # Windows
+        return
     expected = f"at most the {there / 1e9:.1f} GB of memory that there are"
     require(needed <= there, f"{what}, which takes {needed / 1e9:.1f} GB, expected {expected}")

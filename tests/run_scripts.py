@@ -31,7 +31,8 @@ class SignalInBlock:
 
     @property
     def received(self):
-        self.seen += 1  # the loop asks once a block
+        if sys._getframe(1).f_code.co_name == "main":  # the loop asks once a block; evaluations ask at every step
+            self.seen += 1
         return signal.SIGTERM if self.seen >= self.block else None
 
     def exit(self):

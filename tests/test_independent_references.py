@@ -250,7 +250,9 @@ def mappo_learner(**changes):
     high, agents = np.linspace(0.5, 1.5, changes["num_agents"] * ACT), changes.pop("num_agents")
     high = high.reshape(agents, ACT).astype(np.float32)
     settings = dict(rollout_steps=6, num_epochs=4, num_minibatches=1, clip=0.05, entropy_coef=0.1, lr=3e-3)
-    settings |= dict(lr_decay=False, hidden_size=16, output_gain=1.0, max_grad_norm=1.0, huber_delta=0.5, num_envs=4)
+    settings |= dict(
+        lr_schedule="constant", hidden_size=16, output_gain=1.0, max_grad_norm=1.0, huber_delta=0.5, num_envs=4
+    )
     learner = mappo.Learner(STATE, -high, high, mappo.Args(**settings | changes), CPU)
     for module in (learner.actor, learner.critic):
         module.double()
@@ -426,22 +428,22 @@ def test_matd3s_values_are_those_of_the_released_configurations(env_id, n_step, 
 
 
 @pytest.mark.parametrize(
-    ("env_id", "episode_length", "ppo_epoch", "num_mini_batch", "clip_param", "entropy_coef", "lr", "decay"),
+    ("env_id", "episode_length", "ppo_epoch", "num_mini_batch", "clip_param", "entropy_coef", "lr", "schedule"),
     [  # of HARL's tuned configurations, where actor and critic have the same epochs, minibatches and learning rate
-        ("Ant-v2-4x2", 200, 5, 1, 0.1, 0, 5e-4, False),
-        ("HalfCheetah-v2-2x3", 200, 15, 1, 0.05, 0.01, 5e-4, False),
-        ("Hopper-v2-3x1", 200, 10, 1, 0.05, 0, 5e-4, True),
-        ("Walker2d-v2-2x3", 200, 5, 2, 0.05, 0, 1e-3, True),
-        ("Walker2d-v2-6x1", 200, 5, 1, 0.1, 0.01, 5e-4, False),
-        ("Humanoid-v2-17x1", 100, 5, 1, 0.1, 0, 5e-4, True),
+        ("Ant-v2-4x2", 200, 5, 1, 0.1, 0, 5e-4, "constant"),
+        ("HalfCheetah-v2-2x3", 200, 15, 1, 0.05, 0.01, 5e-4, "constant"),
+        ("Hopper-v2-3x1", 200, 10, 1, 0.05, 0, 5e-4, "linear"),
+        ("Walker2d-v2-2x3", 200, 5, 2, 0.05, 0, 1e-3, "linear"),
+        ("Walker2d-v2-6x1", 200, 5, 1, 0.1, 0.01, 5e-4, "constant"),
+        ("Humanoid-v2-17x1", 100, 5, 1, 0.1, 0, 5e-4, "linear"),
     ],
 )
 def test_mappos_values_are_those_of_harls_configurations(
-    env_id, episode_length, ppo_epoch, num_mini_batch, clip_param, entropy_coef, lr, decay
+    env_id, episode_length, ppo_epoch, num_mini_batch, clip_param, entropy_coef, lr, schedule
 ):
     args, _ = mappo.parse_args(["--env-id", env_id])
     tuned = dict(rollout_steps=episode_length, num_epochs=ppo_epoch, num_minibatches=num_mini_batch, clip=clip_param)
-    tuned |= dict(entropy_coef=entropy_coef, lr=lr, lr_decay=decay, gamma=0.99, gae_lambda=0.95, huber_delta=10.0)
+    tuned |= dict(entropy_coef=entropy_coef, lr=lr, lr_schedule=schedule, gamma=0.99, gae_lambda=0.95, huber_delta=10.0)
     tuned |= dict(max_grad_norm=10.0, hidden_size=128, output_gain=0.01, num_envs=20, total_timesteps=10_000_000)
     tuned |= dict(episode_limit=1000, eval_interval=100_000, eval_episodes=40, value_norm_beta=0.99999)
     assert {name: getattr(args, name) for name in tuned} == tuned

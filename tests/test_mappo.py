@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import kalei_mappo_mamujoco as script
-from experiment.mask_pictures import mask_difference, sparsity
+from experiment.mask_pictures import sparsity
 
 CPU = torch.device("cpu")
 AGENTS, ACT, STATE = 3, 2, 7
@@ -29,7 +29,7 @@ def make_learner():
     def make(dtype=torch.float32, seed=0, **changes):
         torch.manual_seed(seed)
         settings = dict(rollout_steps=6, num_epochs=2, num_minibatches=2, clip=0.2, entropy_coef=0.01, lr=1e-3)
-        settings |= dict(lr_decay=False, hidden_size=16, deque_len=3, num_envs=4) | changes
+        settings |= dict(lr_schedule="constant", hidden_size=16, deque_len=3, num_envs=4) | changes
         learner = script.Learner(STATE, *make_bounds(), script.Args(**settings), CPU)
         learner.actor.to(dtype)
         learner.critic.to(dtype)
@@ -336,8 +336,6 @@ def test_full_sharing_gives_all_agents_the_same_weights_and_they_stay_so(make_le
     for seed in range(3):
         for layer in learner.actor.layers:
             assert torch.equal(layer.effective()[0], layer.weight.expand(AGENTS, -1, -1))
-        assert sparsity(learner.actor).max() == 0 and mask_difference(learner.actor) == 0
-        assert int(script.reset_actor(learner.actor, 1.0)) == 0
         logs = learner.update(make_rollout(seed=seed))
         assert logs["losses/actor_diversity"] == 0
     assert all(torch.isfinite(value) for value in logs.values())
@@ -356,7 +354,6 @@ def test_without_sharing_one_agents_loss_touches_its_own_parameters_only(make_le
         learner.update(make_rollout(seed=seed))
     for layer in learner.actor.layers:
         assert torch.equal(layer.effective()[0], layer.weight)
-    assert int(script.reset_actor(learner.actor, 1.0)) == 0
 
 
 def test_kaleidoscope_gradients_reach_own_thresholds_and_the_shared_weights(make_learner):
@@ -452,7 +449,7 @@ def single_learner(actor, agent):
 def test_without_sharing_an_update_equals_that_of_single_learners(num_agents):
     """HARL's separate actors: each with its own surrogate, entropy bonus, gradient norm and Adam, in float64."""
     torch.manual_seed(0)
-    settings = dict(clip=0.05, entropy_coef=0.1, lr=1e-2, lr_decay=False, hidden_size=16, output_gain=1.0)
+    settings = dict(clip=0.05, entropy_coef=0.1, lr=1e-2, lr_schedule="constant", hidden_size=16, output_gain=1.0)
     settings |= dict(rollout_steps=6, num_epochs=1, num_minibatches=1, max_grad_norm=1.0, sharing="none")
     high = np.ones((num_agents, ACT), np.float32)
     learner = script.Learner(STATE, -high, high, script.Args(**settings), CPU)
@@ -550,4 +547,4 @@ def test_learning_rates_scale_from_their_first_values(make_learner):
         learner.scale_learning_rates(factor)
         groups = learner.actor_optimizer.param_groups + learner.critic_optimizer.param_groups
         rates = [group["lr"] for group in groups]
-        assert rates == [1e-3 * factor, 0.05 * factor] * 2
+        assert rates == [1e-3 * factor, 0.05 * factor, 1e-3 * factor]  # the critic has no thresholds

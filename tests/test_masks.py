@@ -12,12 +12,12 @@ from experiment.mask_pictures import mask_difference
 
 def network(dtype=torch.float64, masks=5, layer_norm=True, bias=1.0, sharing="kaleidoscope"):
     torch.manual_seed(0)
-    return script.MaskedMLP(masks, (6, 16, 2), (4.0, bias), layer_norm, sharing).to(dtype)
+    return script.MaskedMLP(masks, (6, 16, 2), sharing, (4.0, bias), layer_norm).to(dtype)
 
 
 def test_weights_start_as_linear_and_thresholds_in_their_range():
     torch.manual_seed(0)
-    layer = script.MaskedLinear(3, 64, 100, threshold_scale=5.0, threshold_bias=2.0)
+    layer = script.MaskedLinear(3, 64, 100, "kaleidoscope", threshold_scale=5.0, threshold_bias=2.0)
     bound = 64**-0.5
     for tensor in (layer.weight, layer.bias):
         assert -bound <= tensor.min() < -0.9 * bound and 0.9 * bound < tensor.max() <= bound
@@ -84,18 +84,6 @@ def test_diversity_gradient_is_not_autograds_of_the_closed_form():
     torch.testing.assert_close(closed_form, ours)
     autograd = torch.autograd.grad(closed_form, thresholds)[0]
     assert not torch.allclose(autograd, torch.autograd.grad(ours, layer.thresholds)[0])
-
-
-def test_pairwise_difference_takes_leading_dimensions():
-    thresholds = torch.randn(3, 4, 6, 5, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(3, 6, 5, dtype=torch.float64)
-    values = script.PairwiseMaskDifference.apply(thresholds, weight, True)
-    gradient = torch.autograd.grad((values * torch.tensor([1.0, 2.0, 3.0])).sum(), thresholds)[0]
-    for s in range(3):
-        one = thresholds[s].detach().requires_grad_()
-        value = script.PairwiseMaskDifference.apply(one, weight[s], True)
-        torch.testing.assert_close(values[s], value)
-        torch.testing.assert_close(gradient[s], torch.autograd.grad((s + 1) * value, one)[0])
 
 
 def test_mask_difference_is_the_mean_over_pairs():

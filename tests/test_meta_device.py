@@ -53,7 +53,7 @@ def make_learner(script, sharing="kaleidoscope", precision="float32", columns=No
     if script is matd3:
         settings |= dict(num_critics=3, policy_freq=2, n_step=3, batch_size=12)
     else:
-        settings |= dict(rollout_steps=STEPS, num_epochs=1, clip=0.2, entropy_coef=0.01, lr=1e-3, lr_decay=True)
+        settings |= dict(rollout_steps=STEPS, num_epochs=1, clip=0.2, entropy_coef=0.01, lr=1e-3, lr_schedule="linear")
         settings |= dict(num_minibatches=2)
     high = np.ones((AGENTS, ACT), dtype=np.float32)
     return script.Learner(STATE, -high, high, script.Args(**settings), META, columns)

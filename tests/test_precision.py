@@ -40,7 +40,7 @@ def make_learner(script, precision, sharing="kaleidoscope", seed=0, **changes):
         settings |= dict(num_critics=3, policy_freq=2, n_step=3)
     else:
         settings |= dict(rollout_steps=6, num_epochs=2, num_minibatches=2, clip=0.2, entropy_coef=0.01, lr=1e-3)
-        settings |= dict(lr_decay=False, num_envs=4, output_gain=0.5)
+        settings |= dict(lr_schedule="constant", num_envs=4, output_gain=0.5)
     high = np.linspace(0.5, 1.5, AGENTS * ACT, dtype=np.float32).reshape(AGENTS, ACT)
     return script.Learner(STATE, -high, 2 * high, script.Args(**settings | changes), CPU)
 

@@ -48,7 +48,7 @@ def masked_network(arrays, prefix, layer_norm):
     masks, hidden, inputs = arrays[f"{prefix}/layer0/thresholds"].shape
     outputs = len(arrays[f"{prefix}/layer2/bias"])
     return load(
-        script.MaskedMLP(masks, (inputs, hidden, outputs), (5.0, 5.0), layer_norm, "kaleidoscope"), arrays, prefix
+        script.MaskedMLP(masks, (inputs, hidden, outputs), "kaleidoscope", (5.0, 5.0), layer_norm), arrays, prefix
     )
 
 

@@ -18,7 +18,6 @@ SHARED = [
     "reset_actor",
     "GraphedUpdate",
     "make_env",
-    "evaluate",
 ]
 OWN_DEFAULTS = {"num_envs", "hidden_size", "actor_threshold_bias", "layer_weights"}
 

@@ -38,7 +38,7 @@ def matd3_learner():
 
 def mappo_learner():
     settings = dict(rollout_steps=6, num_epochs=2, num_minibatches=1, clip=0.2, entropy_coef=0.01, lr=1e-3)
-    return make(mappo, **settings, lr_decay=False, num_envs=4, output_gain=1.0)
+    return make(mappo, **settings, lr_schedule="constant", num_envs=4, output_gain=1.0)
 
 
 def matd3_batch(seed, rows=slice(None)):

@@ -1,0 +1,63 @@
+"""Do runs side by side slow each other down? Time of an update of one run alone, and of several at once.
+
+    python benchmark/side_by_side.py
+    OMP_WAIT_POLICY=ACTIVE python benchmark/side_by_side.py  # threads that spin while they wait
+
+Each run is benchmark/training_speed.py in its own process, with one thread per CPU as a user would start it. One run
+alone and all runs at once take turns. Prints medians over rounds of milliseconds an update; "share" is the speed of one
+of several runs relative to a run alone: 1 / runs would be a fair share of the machine.
+"""
+
+import concurrent.futures
+import dataclasses
+import os
+import statistics
+import sys
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmark.compare_commits import measure  # noqa: E402
+from mamujoco_env import usable_cpus  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclasses.dataclass
+class Options:
+    env_id: str = "HalfCheetah-v2-2x3"  # task
+    script: Literal["matd3", "mappo"] = "matd3"  # which script to run
+    runs: int = 2  # runs at once
+    rounds: int = 3  # how often one run and several runs take turns
+
+
+def measure_at_once(options, runs):
+    """Milliseconds an update of each of several runs at once."""
+    with concurrent.futures.ThreadPoolExecutor(runs) as pool:
+        task = (ROOT, [], options.env_id, options.script, usable_cpus())
+        return [each.result()[1] for each in [pool.submit(measure, *task) for _ in range(runs)]]
+
+
+def shares(options):
+    """(ms an update alone, slowest ms an update of several at once), medians over rounds."""
+    found = [
+        (measure_at_once(options, 1)[0], max(measure_at_once(options, options.runs))) for _ in range(options.rounds)
+    ]
+    return tuple(statistics.median(column) for column in zip(*found, strict=True))
+
+
+def main():
+    options = tyro.cli(Options)
+    alone, together = shares(options)
+    policy = os.environ.get("OMP_WAIT_POLICY", "the script's")
+    print(f"{options.script}, {options.env_id}, {usable_cpus()} threads a run, OMP_WAIT_POLICY: {policy}")
+    print(
+        f"alone {alone:.1f} ms an update; {options.runs} runs at once {together:.1f} ms; share {alone / together:.2f}"
+    )
+
+
+if __name__ == "__main__":
+    main()

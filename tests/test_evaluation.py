@@ -1,0 +1,94 @@
+"""Evaluations during training: a signal ends them early, nothing of them is logged, and a resumed run repeats them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import run_scripts
+import torch
+from run_scripts import curves, environment, run_main, scalars
+
+import kalei_mappo_mamujoco as mappo
+import kalei_matd3_mamujoco as matd3
+
+TINY = "--device cpu --num-threads 1 --env-id Hopper-v2-3x1 --num-envs 4 --hidden-size 16 --eval-episodes 2"
+TINY += " --total-timesteps 160 --eval-interval 80 --checkpoint-interval 160 --log-interval 40 --episode-limit 30"
+TINY = {
+    matd3: f"{TINY} --warmup-steps 40 --batch-size 8 --train-interval 10 --updates-per-round 2 --num-critics 2",
+    mappo: f"{TINY} --rollout-steps 10 --num-epochs 1 --num-minibatches 1",
+}
+
+
+class SignalInEvaluation:
+    """Stands in for StopSignals: as if SIGTERM came during evaluation number `number`."""
+
+    def __init__(self, number):
+        self.number, self.seen, self.last = number, 0, None
+
+    @property
+    def received(self):
+        frame = sys._getframe(1)
+        if frame.f_code.co_name == "evaluate" and frame is not self.last:
+            self.seen, self.last = self.seen + 1, frame
+        return signal.SIGTERM if self.seen >= self.number else None
+
+    def exit(self):
+        sys.exit(128 + signal.SIGTERM)
+
+
+@pytest.mark.parametrize("number", [1, 2], ids=["first", "last"])
+@pytest.mark.parametrize("script", [matd3, mappo], ids=["matd3", "mappo"])
+def test_an_evaluation_that_a_signal_ends_is_repeated_by_the_resumed_run(script, number, tmp_path, monkeypatch):
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    assert run_main(script, *TINY[script].split(), cwd=tmp_path / "whole")[0] == 0
+    (whole,) = (tmp_path / "whole" / "runs").iterdir()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_scripts, "SignalInBlock", lambda block: SignalInEvaluation(number))
+        code, _, err = run_main(script, *TINY[script].split(), cwd=tmp_path / "cut")
+    assert code == 143, err
+    (folder,) = (tmp_path / "cut" / "runs").iterdir()
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["counters"][0] == 80 * number
+    assert len(scalars(folder).get("charts/eval_return", [])) == number - 1, "half an evaluation was logged"
+
+    code, _, err = run_main(script, "--resume", folder, cwd=tmp_path / "cut")
+    assert code == 0, err
+    ours, theirs = curves(folder), curves(whole)
+    assert [step for step, _ in ours["charts/eval_return"]] == [80, 160]
+    assert ours.keys() == theirs.keys()
+    for tag, series in theirs.items():
+        assert ours[tag] == series, tag
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_in_a_long_evaluation_ends_the_run_in_time(processes, tmp_path):
+    """The evaluation alone takes minutes; clusters kill a run some 30 seconds after SIGTERM."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command += [
+        mappo.__file__,
+        *["--env-id", "HumanoidStandup-v2-17x1", "--device", "cpu", "--num-threads", "1", "--num-envs", "4"],
+    ]
+    command += ["--rollout-steps", "25", "--num-epochs", "1", "--hidden-size", "16", "--eval-episodes", "400"]
+    command += f"--total-timesteps 100000 --eval-interval {100 * processes} --checkpoint-interval 100".split()
+    with open(tmp_path / "err", "w") as err:
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=err, stderr=err)
+        try:
+            deadline = time.monotonic() + 120
+            while "evaluating" not in (tmp_path / "err").read_text():
+                assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "err").read_text()[-2000:]
+                time.sleep(0.1)
+            os.kill(process.pid, signal.SIGTERM)
+            code = process.wait(timeout=25)
+        finally:
+            process.kill()
+    assert code != 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["counters"][0] == 100 * processes
+    assert "charts/eval_return" not in scalars(folder)
