@@ -15,6 +15,7 @@ import pytest
 import tyro
 from run_scripts import run_main, scalars
 
+import kalei_mappo_mamujoco
 from mamujoco_env import parse_env_id
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -303,6 +304,18 @@ def test_a_copy_with_the_changes_of_the_page_trains(original, copy, text, tmp_pa
 
 
 # ---- The same thing said in two places ----
+def test_the_page_of_mappo_names_all_that_a_run_logs(tmp_path):
+    """The page of MATD3 has the same test in test_command_line.py."""
+    flags = [*TINY.split(), *TINY_OF["kalei_mappo_mamujoco.py"].split(), "--env-id", "HalfCheetah-v2-2x3"]
+    flags += ["--episode-limit", 30, "--eval-episodes", 2, "--actor-reset-interval", 150, "--actor-threshold-bias", 0]
+    code, _, err = run_main(kalei_mappo_mamujoco, *flags, "--checkpoint-interval", 200, cwd=tmp_path)
+    assert code == 0, err
+    (folder,) = (tmp_path / "runs").iterdir()
+    section = (ROOT / "docs/kalei_mappo.md").read_text().split("## What is logged")[1].split("\n## ")[0]
+    documented = set(re.findall(r"`((?:charts|losses|coefficients|values|masks|resets)/\w+)`", section))
+    assert documented == {*scalars(folder), "masks/actor"}
+
+
 def test_each_published_run_is_in_one_row():
     rows = re.findall(r"^\|(.*)$", (ROOT / "docs/reproducing.md").read_text(), re.M)
     patterns = [pattern for row in rows for pattern in re.findall(r"`([^`\s]+__\*)`|`([^`\s]+_\*)`", row)]
