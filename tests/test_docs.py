@@ -1,5 +1,6 @@
 """What README and docs/ tell a user to run is understood by what it names, and what they link to is there."""
 
+import contextlib
 import fnmatch
 import glob
 import importlib
@@ -14,6 +15,7 @@ import pytest
 import tyro
 from run_scripts import run_main, scalars
 
+import kalei_mappo_mamujoco
 from mamujoco_env import parse_env_id
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,7 +62,7 @@ def commands_of(page):
             continue
         for place, word in enumerate(words):
             if re.fullmatch(r"((tools|benchmark)/)?\w+\.py", word):
-                yield copies.get(word, word), [fill_in(argument) for argument in words[place + 1 :]]
+                yield copies.get(word, word), [copies.get(each, fill_in(each)) for each in words[place + 1 :]]
                 break
 
 
@@ -113,7 +115,7 @@ def understand(script, arguments):
     elif name == "compare_commits":
         for version in options.versions:
             commit, *own = version.partition("=")[2].split()
-            assert re.fullmatch("HEAD|[0-9a-f]{7,40}", commit), version
+            assert re.fullmatch(r"HEAD(~\d+)?|[0-9a-f]{7,40}", commit), version
             understand("benchmark/training_speed.py", ["--scripts", *options.scripts, *own])
     elif name == "soak":
         parse_flags_of(options.script, others)
@@ -178,7 +180,8 @@ def expand(pattern):
 
 def test_files_that_commands_read_are_there():
     for page, script, arguments in ALL_COMMANDS:
-        for pattern in arguments:
+        for argument in arguments:
+            pattern = argument.rpartition("=")[2]  # of NAME=PATTERN
             if "/" in script and pattern.startswith(("published/runs/", "tests/reference/")):
                 for each in expand(pattern):
                     assert glob.glob(str(ROOT / each)), f"{name_of(page)}: {script} {pattern}"
@@ -188,6 +191,36 @@ def headings(page):
     """Anchors of the page's headings, as GitHub makes them."""
     found = re.findall(r"^#+ (.*)$", re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.M | re.S), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
+
+
+def test_the_site_has_all_pages_and_no_others():
+    named = re.findall(r"^ +- [^:]+: (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M)
+    assert sorted(named) == sorted(path.name for path in ROOT.glob("docs/*.md"))
+
+
+def test_pictures_of_pages_are_in_docs():
+    """The site holds nothing else, though GitHub would show a picture from anywhere."""
+    for page in ROOT.glob("docs/*.md"):
+        for target in re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", page.read_text()):
+            assert (page.parent / target).resolve().is_relative_to(ROOT / "docs"), f"{name_of(page)}: {target}"
+
+
+def test_folders_of_published_runs_that_a_page_names_are_there():
+    page = (ROOT / "docs/your_run_beside_ours.md").read_text()
+    table = page.split("## Which folders")[1].split("\n## ")[0]
+    patterns = re.findall(r"`(\S+__\S*\*)`", table)
+    assert len(patterns) > 10
+    for pattern in patterns:
+        assert list(ROOT.glob(f"published/runs/{pattern}")), pattern
+
+
+def test_the_python_of_a_page_runs():
+    """Its models are those in published/runs."""
+    for code in re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/your_run_beside_ours.md").read_text(), re.M | re.S):
+        names = {}
+        with contextlib.chdir(ROOT):
+            exec(code, names)
+        assert names["actions"].shape == (1, 4, 2) and names["obs"].shape == (1, 4, 115)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -271,6 +304,18 @@ def test_a_copy_with_the_changes_of_the_page_trains(original, copy, text, tmp_pa
 
 
 # ---- The same thing said in two places ----
+def test_the_page_of_mappo_names_all_that_a_run_logs(tmp_path):
+    """The page of MATD3 has the same test in test_command_line.py."""
+    flags = [*TINY.split(), *TINY_OF["kalei_mappo_mamujoco.py"].split(), "--env-id", "HalfCheetah-v2-2x3"]
+    flags += ["--episode-limit", 30, "--eval-episodes", 2, "--actor-reset-interval", 150, "--actor-threshold-bias", 0]
+    code, _, err = run_main(kalei_mappo_mamujoco, *flags, "--checkpoint-interval", 200, cwd=tmp_path)
+    assert code == 0, err
+    (folder,) = (tmp_path / "runs").iterdir()
+    section = (ROOT / "docs/kalei_mappo.md").read_text().split("## What is logged")[1].split("\n## ")[0]
+    documented = set(re.findall(r"`((?:charts|losses|coefficients|values|masks|resets)/\w+)`", section))
+    assert documented == {*scalars(folder), "masks/actor"}
+
+
 def test_each_published_run_is_in_one_row():
     rows = re.findall(r"^\|(.*)$", (ROOT / "docs/reproducing.md").read_text(), re.M)
     patterns = [pattern for row in rows for pattern in re.findall(r"`([^`\s]+__\*)`|`([^`\s]+_\*)`", row)]
