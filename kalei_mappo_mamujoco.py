@@ -34,7 +34,7 @@ from experiment.mask_pictures import log_mask_shares, log_masks
 from experiment.run_folder import log_episodes, log_evaluation, log_scalars, open_run, reached
 from experiment.saved_models import evaluate_model, save_model
 from experiment.stopping import StopSignals, stop_if_diverged
-from mamujoco_env import MaMuJoCoVecEnv, agent_observations, standardise
+from mamujoco_env import EnvError, MaMuJoCoVecEnv, agent_observations, critic_state
 
 
 @dataclasses.dataclass
@@ -59,7 +59,7 @@ class Args:
     # environment
     env_id: str | None = None  # a robot and its division into agents; by default Ant-v2-4x2, or the model's
     agent_obsk: int | None = None  # agents see their joints and those so many steps away; by default the full state
-    episode_limit: int = 1_000  # steps after which an episode is cut; a cut is not a termination
+    episode_limit: int | None = None  # steps until an episode is cut off; default: the task's limit, 1000 for most
     num_envs: int = 20  # environments stepped side by side (E), by each process
 
     # speed
@@ -434,8 +434,8 @@ class Learner(nn.Module):
     def prepare(self, rollout):
         """(batch, logs): a rollout's B = T E steps as updates take them, and the losses that are known before them."""
         args, critic, shape = self.args, self.critic, rollout.reward.shape
-        state = standardise(rollout.state).flatten(0, 1)
-        both = torch.cat([state, standardise(rollout.next_state).flatten(0, 1)])
+        state = critic_state(rollout.state).flatten(0, 1)
+        both = torch.cat([state, critic_state(rollout.next_state).flatten(0, 1)])
         predictions = critic(both, critic.effective_layers()).flatten()  # (2 B,)
         mean, std = critic.mean_std()
         values, next_values = (predictions * std + mean).view(2, *shape)
@@ -561,7 +561,7 @@ def make_env(args, seed, num_envs):
     """`num_envs` environments side by side, for training or evaluation. Another environment comes in here alone."""
     try:
         return MaMuJoCoVecEnv(args.env_id, num_envs, seed, args.num_threads, args.episode_limit, args.agent_obsk)
-    except ValueError as error:  # it names the value and what was expected
+    except EnvError as error:  # a wrong flag; any other error is one of the program
         fail(error)
 
 

@@ -36,7 +36,7 @@ from experiment.mask_pictures import log_mask_shares, log_masks
 from experiment.run_folder import log_episodes, log_evaluation, log_scalars, open_run, reached
 from experiment.saved_models import evaluate_model, save_model
 from experiment.stopping import StopSignals, stop_if_diverged
-from mamujoco_env import MaMuJoCoVecEnv, agent_observations, standardise
+from mamujoco_env import EnvError, MaMuJoCoVecEnv, agent_observations, critic_state
 
 
 @dataclasses.dataclass
@@ -61,7 +61,7 @@ class Args:
     # environment
     env_id: str | None = None  # a robot and its division into agents; by default Ant-v2-4x2, or the model's
     agent_obsk: int | None = None  # agents see their joints and those so many steps away; by default the full state
-    episode_limit: int = 1_000  # steps after which an episode is cut; a cut is not a termination
+    episode_limit: int | None = None  # steps until an episode is cut off; default: the task's limit, 1000 for most
     num_envs: int = 10  # environments stepped side by side (E), by each process
 
     # speed
@@ -379,12 +379,12 @@ class Replay:
         reward, discount, last = self.n_step_return(row, env)
         state, next_state = self.state[row, env], self.next_state[last, env]
         return SimpleNamespace(
-            state=standardise(state),  # (B, S)
+            state=critic_state(state),  # (B, S)
             obs=agent_observations(state, self.num_agents, columns=self.columns),  # (B, N, O)
             actions=self.actions[row, env],  # (B, N, act)
             reward=reward,  # (B,), discounted sum of the n-step return's rewards
             discount=discount,  # (B,), gamma to the power of their number
-            next_state=standardise(next_state),  # (B, S), where the return bootstraps
+            next_state=critic_state(next_state),  # (B, S), where the return bootstraps
             next_obs=agent_observations(next_state, self.num_agents, columns=self.columns),  # (B, N, O)
             terminated=self.terminated[last, env],  # (B,) bool
         )
@@ -536,7 +536,7 @@ def make_env(args, seed, num_envs):
     """`num_envs` environments side by side, for training or evaluation. Another environment comes in here alone."""
     try:
         return MaMuJoCoVecEnv(args.env_id, num_envs, seed, args.num_threads, args.episode_limit, args.agent_obsk)
-    except ValueError as error:  # it names the value and what was expected
+    except EnvError as error:  # a wrong flag; any other error is one of the program
         fail(error)
 
 

@@ -10,15 +10,14 @@ E environments, N agents, S numbers in the state, O numbers in an agent's observ
 steps all environments on a pool of threads. Each agent observes the full state and its own id (O = S + N) or, with
 agent_obsk, the part of the state that is near its joints. `python mamujoco_env.py` prints all env ids.
 
-The v2 tasks are Gymnasium's v4 tasks with the contact forces and their costs set to zero, as papers report the v2 tasks
-(Peng et al. 2021, "FACMAC", arXiv:2003.06709, introduced them). The v5 tasks are Gymnasium's v5 tasks, contact forces
-included.
+The v5 tasks are Gymnasium's. The v2 tasks are Gymnasium's v4 tasks with contact forces and their costs set to zero, as
+papers report the v2 tasks (Peng et al. 2021, "FACMAC", arXiv:2003.06709, introduced them).
 
 step returns reward, terminated and truncated (E,), and:
   obs                    (E, N, O) float32: each agent's observation, after automatic resets
   infos["state"]         (E, S) float64: the state, after automatic resets
-  infos["final_obs"]     (E, N, O), infos["final_state"] (E, S): the same before automatic resets. The actions led
-                         here, in every environment: a replay buffer stores it as `next_state`
+  infos["final_obs"]     (E, N, O), infos["final_state"] (E, S): the same before automatic resets, in every environment:
+                         what the actions led to, and what a replay buffer stores as `next_state`
   infos["_final_obs"]    (E,) bool: True where this step ended an episode and reset the environment
   infos["episode"]       {"r": returns (E,), "l": lengths (E,)}, valid where infos["_episode"] (E,) is True;
                          both keys are missing if no episode has ended
@@ -30,9 +29,8 @@ or "forkserver", not by "fork": the pool's threads do not survive a fork.
 An episode terminates where the task says so, and where MuJoCo reports an unstable simulation: the reward is then 0 and
 the final state is the last good one. It is truncated after `episode_limit` steps. Environment i draws its resets from
 default_rng([seed, i]), so its trajectory depends on the seed, i and its own actions, and on nothing else.
-
-Values that a user may type raise EnvError if they are wrong: an unknown env id, an impossible number. Anything else
-that is wrong raises ValueError, and use after close() raises Gymnasium's ClosedEnvironmentError.
+What a user can type wrong, an env id or a number, raises EnvError, a ValueError. Wrong actions and states raise plain
+ValueErrors. A call after close() raises Gymnasium's ClosedEnvironmentError.
 """
 
 import difflib
@@ -48,10 +46,6 @@ from gymnasium.error import ClosedEnvironmentError
 from gymnasium.spaces import Box
 from gymnasium.vector import AutoresetMode, VectorEnv
 from mujoco.batch import Batch, SimulationError
-
-class EnvError(ValueError):
-    """An unknown env id, or a number that is not possible. The message names the value and what was expected."""
-
 
 # ---- Robots: Gymnasium's XML files, and robots built in code that Gymnasium does not have ----
 ASSETS = os.path.join(os.path.dirname(gymnasium.__file__), "envs", "mujoco", "assets")
@@ -153,8 +147,7 @@ class Task:
 
     Attributes:
       model_file: Gymnasium's XML file of the robot
-      frame_skip: simulation steps in an environment step
-      episode_limit: environment steps after which an episode is truncated, if the user names no other limit
+      frame_skip, episode_limit: simulation steps in an environment step; environment steps in an episode, by default
       fields: arrays of MjData that form the state, concatenated; an agent observes them for its own joints
       hidden_positions: the state leaves out this many of the first positions
       derived: True if the task reads more than positions and velocities; a reset then has MuJoCo compute the rest
@@ -164,8 +157,12 @@ class Task:
       forward_weight, control_cost, alive: reward = forward_weight * velocity - control_cost * |ctrl|^2 + alive
       alive_when_unhealthy: True if the step that terminates an episode still earns `alive`
       contact_cost, contact_cost_limit: the reward loses contact_cost * |forces|^2, at most the limit
-      noise, velocity_noise: resets add U(-noise, noise) to the positions. To the velocities they add the same if
-        velocity_noise is "uniform", and N(0, noise) if it is "normal"
+      noise, velocity_noise: resets add U(-noise, noise) to positions, and the same ("uniform") or N(0, noise)
+        ("normal") to velocities
+      partitions: {name: names of each agent's joints}; "|" separates agents
+      neighbours: the joint graph; "|" separates cliques, and all joints of a clique are neighbours
+      segment_joints: for robots of any size: the joints of segment i. `neighbours` are then the cliques that it adds,
+        and `partitions` names one size as an example
     """
 
     model_file: str
@@ -175,6 +172,7 @@ class Task:
     forward_weight, control_cost, alive, alive_when_unhealthy = 1.0, 0.1, 0.0, True
     force_limit, contact_cost, contact_cost_limit = np.inf, 0.0, np.inf
     noise, velocity_noise = 0.1, "normal"
+    partitions, neighbours, segment_joints = {}, "", ""
 
     def __init__(self, segments):
         self.segments, self.model = segments, self.build(segments)
@@ -275,22 +273,29 @@ class Task:
         All fields of its own joints, then the positions of joints at 1, 2, ..., `distance` steps in the joint graph,
         then what all agents observe. Joints at the same distance are sorted by name.
         """
-        cliques, columns, seen, found = joint_graph(self), self.layout(), set(), []
+        cliques = [self.neighbours.format(i=i, before=max(i - 1, 0)) for i in range(self.segments or 1)]
+        cliques = [clique.split() for clique in " | ".join(cliques).split("|")]
+        columns, seen, found = self.layout(), set(), []
         ring, reached = set(joints), set(joints)
-        for step in range(distance + 1):
+        for step in range(min(distance, self.model.njnt) + 1):  # no joint is further away
             for joint in sorted(ring):
                 for field in self.fields if step == 0 else ("qpos",):
                     found += self.joint_columns(joint, field, columns, seen)
             ring = {joint for clique in cliques if ring & set(clique) for joint in clique} - reached
             reached |= ring
-            if not ring:  # `distance` goes beyond the robot
-                break
         return [int(column) for column in found + self.common_columns(columns) if column >= 0]
 
 
 class Ant(Task):
     model_file, hidden_positions, fields = "ant.xml", 2, ("qpos", "qvel", "cfrc_ext")
     control_cost, alive = 0.5, 1.0
+    partitions = {
+        "2x4": "hip_1 ankle_1 hip_2 ankle_2 | hip_3 ankle_3 hip_4 ankle_4",
+        "2x4d": "hip_1 ankle_1 hip_3 ankle_3 | hip_2 ankle_2 hip_4 ankle_4",
+        "4x2": "hip_1 ankle_1 | hip_2 ankle_2 | hip_3 ankle_3 | hip_4 ankle_4",
+        "8x1": "hip_1 | ankle_1 | hip_2 | ankle_2 | hip_3 | ankle_3 | hip_4 | ankle_4",
+    }
+    neighbours = f"{partitions['4x2']} | hip_1 hip_2 hip_3 hip_4"
 
     def bind(self, batch):
         super().bind(batch)
@@ -300,8 +305,7 @@ class Ant(Task):
         return self.x.copy()
 
     def unhealthy(self):
-        height = self.qpos[:, 2]
-        return (height < 0.2) | (height > 1.0)
+        return (self.qpos[:, 2] < 0.2) | (self.qpos[:, 2] > 1.0)
 
     def bodies_of(self, joint):
         """A hip has the torso and the leg's first part, an ankle has the leg's three parts."""
@@ -317,15 +321,27 @@ class AntV5(Ant):
 
 class ManyAgentAnt(Ant):
     frame_skip, build = 4, staticmethod(build_ant)
+    partitions, segment_joints = {"2x3": ""}, "hip1_{i} ankle1_{i} hip2_{i} ankle2_{i}"
+    neighbours = "hip1_{i} ankle1_{i} | hip2_{i} ankle2_{i} | hip1_{i} hip2_{i}"
+    neighbours += " | hip1_{before} hip2_{before} hip1_{i} hip2_{i}"
 
 
 class HalfCheetah(Task):
     model_file, derived = "half_cheetah.xml", False
+    partitions = {
+        "2x3": "bfoot bshin bthigh | ffoot fshin fthigh",
+        "3x2": "bfoot bshin | bthigh ffoot | fshin fthigh",
+        "6x1": "bfoot | bshin | bthigh | ffoot | fshin | fthigh",
+    }
+    neighbours = "bfoot bshin | bshin bthigh | bthigh fthigh | fthigh fshin | fshin ffoot"
 
 
 class CoupledHalfCheetah(HalfCheetah):
     build = staticmethod(build_coupled_half_cheetah)
     control_cost = 0.05  # 0.1 |ctrl|^2, averaged over both cheetahs
+    partitions = {"1p1": "bthigh bshin bfoot fthigh fshin ffoot | second_bthigh second_bshin second_bfoot"}
+    partitions["1p1"] += " second_fthigh second_fshin second_ffoot"
+    neighbours = re.sub(r"(\w+)", r"second_\1", HalfCheetah.neighbours) + f" | {HalfCheetah.neighbours}"
 
     def position(self):
         return (self.qpos[:, 0] + self.qpos[:, self.model.nq // 2]) / 2
@@ -334,6 +350,7 @@ class CoupledHalfCheetah(HalfCheetah):
 class Swimmer(Task):
     model_file, derived, frame_skip, hidden_positions = "swimmer.xml", False, 4, 2
     control_cost, velocity_noise = 1e-4, "uniform"
+    partitions, neighbours = {"2x1": "motor1_rot | motor2_rot"}, "motor1_rot motor2_rot"
 
     def joint_columns(self, joint, field, columns, seen):
         found = super().joint_columns(joint, field, columns, seen)
@@ -347,6 +364,7 @@ class Swimmer(Task):
 
 class ManyAgentSwimmer(Swimmer):
     build = staticmethod(build_swimmer)
+    partitions, segment_joints, neighbours = {"10x2": ""}, "rot{i}", "rot{before} rot{i}"
     joint_columns = Task.joint_columns
 
     def common_columns(self, columns):
@@ -355,8 +373,9 @@ class ManyAgentSwimmer(Swimmer):
 
 class Hopper(Task):
     model_file, derived, frame_skip = "hopper.xml", False, 4
-    control_cost, alive = 1e-3, 1.0
-    noise, velocity_noise = 5e-3, "uniform"
+    control_cost, alive, noise, velocity_noise = 1e-3, 1.0, 5e-3, "uniform"
+    partitions = {"3x1": "thigh_joint | leg_joint | foot_joint"}
+    neighbours = "foot_joint leg_joint | leg_joint thigh_joint"
 
     def bind(self, batch):
         super().bind(batch)
@@ -380,6 +399,13 @@ class HopperV5(Hopper):
 
 class Walker2d(Hopper):
     model_file = "walker2d.xml"
+    partitions = {
+        "2x3": "foot_joint leg_joint thigh_joint | foot_left_joint leg_left_joint thigh_left_joint",
+        "3x2": "foot_joint leg_joint | thigh_joint foot_left_joint | leg_left_joint thigh_left_joint",
+        "6x1": "foot_joint | leg_joint | thigh_joint | foot_left_joint | leg_left_joint | thigh_left_joint",
+    }
+    neighbours = f"{Hopper.neighbours} | foot_left_joint leg_left_joint | leg_left_joint thigh_left_joint"
+    neighbours += " | thigh_joint thigh_left_joint"
 
     def unhealthy(self):
         height, angle = self.qpos[:, 1], self.qpos[:, 2]
@@ -390,11 +416,24 @@ class Walker2dV5(Walker2d):
     model_file, alive_when_unhealthy = "walker2d_v5.xml", False
 
 
+_UPPER = "left_shoulder1 left_shoulder2 abdomen_x abdomen_y abdomen_z right_shoulder1 right_shoulder2"
+_UPPER += " right_elbow left_elbow"
+_LOWER = "left_hip_x left_hip_y left_hip_z right_hip_x right_hip_y right_hip_z right_knee left_knee"
+_SIDE = "{0}_elbow {0}_shoulder1 {0}_shoulder2 | {0}_shoulder1 {0}_shoulder2 abdomen_x abdomen_y abdomen_z"
+_SIDE += " | abdomen_x abdomen_y abdomen_z {0}_hip_x {0}_hip_y {0}_hip_z | {0}_knee {0}_hip_x {0}_hip_y {0}_hip_z"
+
+
 class Humanoid(Task):
     model_file, hidden_positions = "humanoid.xml", 2
     fields = ("qpos", "qvel", "cinert", "cvel", "qfrc_actuator", "cfrc_ext")
-    forward_weight, alive = 1.25, 5.0
-    noise, velocity_noise = 1e-2, "uniform"
+    forward_weight, alive, noise, velocity_noise = 1.25, 5.0, 1e-2, "uniform"
+    partitions = {"9|8": f"{_UPPER} | {_LOWER}", "17x1": f"{_UPPER} {_LOWER}".replace(" ", " | ")}
+    neighbours = f"{_SIDE.format('left')} | {_SIDE.format('right')}"
+    bodies = {  # the joint's agent sees their inertia and velocity; keys are the second word of a joint's name
+        "x": "pelvis right_thigh left_thigh", "y": "torso lwaist pelvis", "z": "torso lwaist pelvis",
+        "hip": "{0}_thigh {0}_shin", "knee": "{0}_shin {0}_foot", "elbow": "{0}_lower_arm",
+    }  # fmt: skip
+    bodies["shoulder1"] = bodies["shoulder2"] = "torso {0}_upper_arm {0}_lower_arm"
 
     def bind(self, batch):
         super().bind(batch)
@@ -405,11 +444,11 @@ class Humanoid(Task):
         return np.vecdot(self.x, self.mass_share)  # vecdot, since a matrix product's rounding depends on num_envs
 
     def unhealthy(self):
-        height = self.qpos[:, 2]
-        return ~((height > 1.0) & (height < 2.0))
+        return ~((self.qpos[:, 2] > 1.0) & (self.qpos[:, 2] < 2.0))
 
     def bodies_of(self, joint):
-        return [self.model.body(name).id for name in HUMANOID_BODIES[joint].split()]
+        side, part = joint.split("_")[:2]
+        return [self.model.body(name).id for name in self.bodies[part].format(side).split()]
 
 
 class HumanoidV5(Humanoid):
@@ -438,6 +477,7 @@ class Reacher(Task):
 
     model_file, frame_skip, episode_limit, control_cost = "reacher.xml", 2, 50, 1.0
     fields = ("qpos", "qvel", "fingertip")
+    partitions, neighbours = {"2x1": "joint0 | joint1"}, "joint0 joint1"
     distances = 3  # how many of x, y and z the state has
 
     def bind(self, batch):
@@ -457,9 +497,8 @@ class Reacher(Task):
 
     def sample(self, rng):
         qpos = rng.uniform(-0.1, 0.1, self.model.nq) + self.model.qpos0
-        goal = rng.uniform(-0.2, 0.2, 2)
-        while np.linalg.norm(goal) >= 0.2:
-            goal = rng.uniform(-0.2, 0.2, 2)
+        while np.linalg.norm(goal := rng.uniform(-0.2, 0.2, 2)) >= 0.2:
+            pass
         qvel = rng.uniform(-0.005, 0.005, self.model.nv)
         qpos[-2:], qvel[-2:] = goal, 0
         return qpos, qvel
@@ -489,11 +528,14 @@ class PusherV5(Task):
     """Rewarded with minus the distances from object to goal and, at half the weight, from object to the arm's tip."""
 
     model_file, episode_limit, control_cost = "pusher_v5.xml", 100, 0.1
+    partitions = {"3p": "r_shoulder_pan_joint r_shoulder_lift_joint r_upper_arm_roll_joint | r_elbow_flex_joint"}
+    partitions["3p"] += " | r_forearm_roll_joint r_wrist_flex_joint r_wrist_roll_joint"
+    neighbours = " | ".join(map(" ".join, itertools.pairwise(partitions["3p"].replace("|", "").split())))
 
     def bind(self, batch):
         self.qpos, self.qvel, xpos = batch.bind("qpos"), batch.bind("qvel"), batch.bind("xpos")
-        names = ("tips_arm", "object", "goal")
-        self.tip, self.object, self.goal = (xpos[:, self.model.body(name).id] for name in names)
+        tip_object_goal = (xpos[:, self.model.body(name).id] for name in ("tips_arm", "object", "goal"))
+        self.tip, self.object, self.goal = tip_object_goal
 
     def state(self):
         return np.concatenate([self.qpos[:, :7], self.qvel[:, :7], self.tip, self.object, self.goal], axis=1)
@@ -518,104 +560,21 @@ class PusherV5(Task):
         return [*range(14, 23)]  # positions of tip, object and goal
 
 
-# ---- Who controls which joints and who sees what: names of joints, separated by spaces ----
-_UPPER = "left_shoulder1 left_shoulder2 abdomen_x abdomen_y abdomen_z right_shoulder1 right_shoulder2"
-_UPPER += " right_elbow left_elbow"
-_LOWER = "left_hip_x left_hip_y left_hip_z right_hip_x right_hip_y right_hip_z right_knee left_knee"
-_CHEETAH = "bthigh bshin bfoot fthigh fshin ffoot"
-_ARM = "r_shoulder_pan_joint r_shoulder_lift_joint r_upper_arm_roll_joint | r_elbow_flex_joint"
-_ARM += " | r_forearm_roll_joint r_wrist_flex_joint r_wrist_roll_joint"
-PARTITIONS = {  # "|" separates agents
-    Ant: {
-        "2x4": "hip_1 ankle_1 hip_2 ankle_2 | hip_3 ankle_3 hip_4 ankle_4",
-        "2x4d": "hip_1 ankle_1 hip_3 ankle_3 | hip_2 ankle_2 hip_4 ankle_4",
-        "4x2": "hip_1 ankle_1 | hip_2 ankle_2 | hip_3 ankle_3 | hip_4 ankle_4",
-        "8x1": "hip_1 | ankle_1 | hip_2 | ankle_2 | hip_3 | ankle_3 | hip_4 | ankle_4",
-    },
-    HalfCheetah: {
-        "2x3": "bfoot bshin bthigh | ffoot fshin fthigh",
-        "3x2": "bfoot bshin | bthigh ffoot | fshin fthigh",
-        "6x1": "bfoot | bshin | bthigh | ffoot | fshin | fthigh",
-    },
-    Hopper: {"3x1": "thigh_joint | leg_joint | foot_joint"},
-    Walker2d: {
-        "2x3": "foot_joint leg_joint thigh_joint | foot_left_joint leg_left_joint thigh_left_joint",
-        "3x2": "foot_joint leg_joint | thigh_joint foot_left_joint | leg_left_joint thigh_left_joint",
-        "6x1": "foot_joint | leg_joint | thigh_joint | foot_left_joint | leg_left_joint | thigh_left_joint",
-    },
-    Humanoid: {"9|8": f"{_UPPER} | {_LOWER}", "17x1": f"{_UPPER} {_LOWER}".replace(" ", " | ")},
-    Reacher: {"2x1": "joint0 | joint1"},
-    PusherV5: {"3p": _ARM},
-    Swimmer: {"2x1": "motor1_rot | motor2_rot"},
-    CoupledHalfCheetah: {"1p1": f"{_CHEETAH} | second_{_CHEETAH.replace(' ', ' second_')}"},
-}
-_SPINE = "bfoot bshin | bshin bthigh | bthigh fthigh | fthigh fshin | fshin ffoot"
-_LEG = "foot{0}_joint leg{0}_joint | leg{0}_joint thigh{0}_joint"
-_SIDE = "{0}_elbow {0}_shoulder1 {0}_shoulder2 | {0}_shoulder1 {0}_shoulder2 abdomen_x abdomen_y abdomen_z"
-_SIDE += " | abdomen_x abdomen_y abdomen_z {0}_hip_x {0}_hip_y {0}_hip_z | {0}_knee {0}_hip_x {0}_hip_y {0}_hip_z"
-NEIGHBOURS = {  # the joint graph: joints of a clique are neighbours; "|" separates cliques
-    Ant: " | ".join(f"hip_{leg} ankle_{leg}" for leg in range(1, 5)) + " | hip_1 hip_2 hip_3 hip_4",
-    HalfCheetah: _SPINE,
-    CoupledHalfCheetah: re.sub(r"(\w+)", r"second_\1", _SPINE) + f" | {_SPINE}",
-    Hopper: _LEG.format(""),
-    Walker2d: f"{_LEG.format('')} | {_LEG.format('_left')} | thigh_joint thigh_left_joint",
-    Humanoid: f"{_SIDE.format('left')} | {_SIDE.format('right')}",
-    Reacher: "joint0 joint1",
-    PusherV5: " | ".join(map(" ".join, itertools.pairwise(_ARM.replace("|", "").split()))),
-    Swimmer: "motor1_rot motor2_rot",
-}
-SEGMENTS = {  # robots of any size NxM (N agents, M segments each): joints of segment i, cliques that it adds
-    ManyAgentSwimmer: ("rot{i}", "rot{before} rot{i}"),
-    ManyAgentAnt: (
-        "hip1_{i} ankle1_{i} hip2_{i} ankle2_{i}",
-        "hip1_{i} ankle1_{i} | hip2_{i} ankle2_{i} | hip1_{i} hip2_{i} | hip1_{before} hip2_{before} hip1_{i} hip2_{i}",
-    ),
-}
+# ---- Env ids ----
 TASKS = {
-    "Ant-v2": Ant, "Ant-v5": AntV5,
-    "HalfCheetah-v2": HalfCheetah, "HalfCheetah-v5": HalfCheetah,
-    "Hopper-v2": Hopper, "Hopper-v5": HopperV5,
-    "Walker2d-v2": Walker2d, "Walker2d-v5": Walker2dV5,
+    "Ant-v2": Ant, "Ant-v5": AntV5, "HalfCheetah-v2": HalfCheetah, "HalfCheetah-v5": HalfCheetah,
+    "Hopper-v2": Hopper, "Hopper-v5": HopperV5, "Walker2d-v2": Walker2d, "Walker2d-v5": Walker2dV5,
     "Humanoid-v2": Humanoid, "Humanoid-v5": HumanoidV5,
     "HumanoidStandup-v2": HumanoidStandup, "HumanoidStandup-v5": HumanoidStandupV5,
-    "Reacher-v2": Reacher, "Reacher-v5": ReacherV5,
-    "Swimmer-v2": Swimmer, "Swimmer-v5": Swimmer,
+    "Reacher-v2": Reacher, "Reacher-v5": ReacherV5, "Swimmer-v2": Swimmer, "Swimmer-v5": Swimmer,
     "Pusher-v5": PusherV5, "coupled_half_cheetah": CoupledHalfCheetah,
     "manyagent_swimmer": ManyAgentSwimmer, "manyagent_ant": ManyAgentAnt,
 }  # fmt: skip
-HUMANOID_BODIES = {"abdomen_x": "pelvis right_thigh left_thigh"}  # the joint's agent sees their inertia and velocity
-HUMANOID_BODIES |= {f"abdomen_{axis}": "torso lwaist pelvis" for axis in "yz"}
-for _side in ("left", "right"):
-    HUMANOID_BODIES |= {f"{_side}_hip_{axis}": f"{_side}_thigh {_side}_shin" for axis in "xyz"}
-    HUMANOID_BODIES[f"{_side}_knee"] = f"{_side}_shin {_side}_foot"
-    HUMANOID_BODIES |= {f"{_side}_shoulder{i}": f"torso {_side}_upper_arm {_side}_lower_arm" for i in (1, 2)}
-    HUMANOID_BODIES[f"{_side}_elbow"] = f"{_side}_lower_arm"
+ENV_IDS = [f"{name}-{partition}" for name, task in TASKS.items() for partition in task.partitions]
 
 
-def of_robot(table, task):
-    """The table's entry for the class or, if it has none, for a class that it derives from: v5 has v2's robots."""
-    return next(table[kind] for kind in task.__mro__ if kind in table)
-
-
-def partitions_of(task):
-    """{name: partition} of a task's class; empty for robots of any size."""
-    return {} if task in SEGMENTS else of_robot(PARTITIONS, task)
-
-
-def joint_graph(task):
-    """Cliques of a Task's joints, each a list of names: the joints of a clique are neighbours."""
-    if type(task) in SEGMENTS:
-        _, neighbours = SEGMENTS[type(task)]
-        text = " | ".join(neighbours.format(i=i, before=max(i - 1, 0)) for i in range(task.segments))
-    else:
-        text = of_robot(NEIGHBOURS, type(task))
-    return [clique.split() for clique in text.split("|")]
-
-
-def env_ids():
-    """All env ids, in a list; robots of any size are there in one size."""
-    sizes = {ManyAgentSwimmer: ["10x2"], ManyAgentAnt: ["2x3"]}
-    return [f"{name}-{part}" for name, task in TASKS.items() for part in sizes.get(task) or partitions_of(task)]
+class EnvError(ValueError):
+    """An unknown env id or an impossible number; the message names it and says what was expected."""
 
 
 def parse_env_id(env_id):
@@ -625,26 +584,24 @@ def parse_env_id(env_id):
     """
     name, _, partition = str(env_id).rpartition("-")
     if name not in TASKS:
-        wrong = str(env_id).lower()
-        score = {known: difflib.SequenceMatcher(None, known.lower(), wrong).ratio() for known in env_ids()}
+        wrong = str(env_id).lower()[:99]
+        score = {known: difflib.SequenceMatcher(None, known.lower(), wrong).ratio() for known in ENV_IDS}
         least = max(0.4, 0.8 * max(score.values()))
         nearest = sorted((known for known in score if score[known] > least), key=score.get, reverse=True)[:3]
         expected = f", expected one such as {', '.join(nearest)}" if nearest else ""
         raise EnvError(f"unknown env id {env_id!r}{expected}; `python mamujoco_env.py` prints all")
     task = TASKS[name]
-    if task in SEGMENTS:
+    if task.segment_joints:
         match = re.fullmatch(r"([1-9]\d?)x([1-9]\d?)", partition, re.ASCII)
         if not match or int(match[1]) * int(match[2]) > 1000:  # MuJoCo compiles no longer chains
             sizes = "NxM, such as 10x2: N agents of M segments each, both from 1 to 99, at most 1000 segments"
             raise EnvError(f"unknown partition {partition!r} in {env_id!r}; {name} takes {sizes}")
         agents, each = int(match[1]), int(match[2])
-        joints, _ = SEGMENTS[task]
-        owned = [range(agent * each, (agent + 1) * each) for agent in range(agents)]
-        return task, agents * each, [" ".join(joints.format(i=i) for i in own).split() for own in owned]
-    known = partitions_of(task)
-    if partition not in known:
-        raise EnvError(f"unknown partition {partition!r} in {env_id!r}; {name} has {', '.join(known)}")
-    return task, 0, [joints.split() for joints in known[partition].split("|")]
+        joints = [task.segment_joints.format(i=i).split() for i in range(agents * each)]
+        return task, len(joints), [sum(joints[i : i + each], []) for i in range(0, len(joints), each)]
+    if partition not in task.partitions:
+        raise EnvError(f"unknown partition {partition!r} in {env_id!r}; {name} has {', '.join(task.partitions)}")
+    return task, 0, [joints.split() for joints in task.partitions[partition].split("|")]
 
 
 # ---- What critic and agents see of a state: functions of NumPy arrays or torch tensors, any leading dimensions ----
@@ -710,8 +667,7 @@ class MaMuJoCoVecEnv(VectorEnv):
 
     Args:
       env_id: a robot and its partition, as "Ant-v2-4x2", "Humanoid-v2-9|8", "manyagent_swimmer-10x2"
-      num_envs: E
-      seed: seed of the resets' noise, until reset(seed=...) replaces it
+      num_envs, seed: E; the seed of the resets' noise, until reset(seed=...) replaces it
       num_threads: threads that step the environments; 0: one per CPU that this process may use
       episode_limit: steps after which an episode is truncated; None: the task's limit, 1000 for most tasks
       agent_obsk: None: agents see the full state; K: they see their own joints, the positions of joints up to K steps
@@ -734,16 +690,12 @@ class MaMuJoCoVecEnv(VectorEnv):
         limits = (("num_envs", num_envs, 1), ("num_threads", num_threads, 0), ("episode_limit", episode_limit, 1))
         limits += () if agent_obsk is None else (("agent_obsk", agent_obsk, 0),)
         for name, value, least in limits:
-            if not isinstance(value, int | np.integer) or value < least:
-                raise EnvError(f"{name} is {value!r}, expected an integer of at least {least}")
+            if not isinstance(value, int | np.integer) or not least <= value < 2**31:
+                raise EnvError(f"{name} is {value!r}, expected an integer of at least {least} and below {2**31}")
         self.env_id, self.num_envs, self.num_agents, self.episode_limit = env_id, num_envs, len(agents), episode_limit
         self.task = task(segments)
         model = self.task.model
-        num_threads = min(num_threads or usable_cpus(), num_envs)
-        try:
-            self.batch = Batch(model, num_envs, num_threads, self.task.measured)
-        except (ValueError, TypeError) as error:  # no memory, or no C integer
-            raise EnvError(f"num_envs is {num_envs}, expected as many as fit into memory") from error
+        self.batch = Batch(model, num_envs, min(num_threads or usable_cpus(), num_envs), self.task.measured)
         self.task.bind(self.batch)
         self._ctrl = self.batch.bind("ctrl")
         self._blank = self.batch.state[0].copy()  # MuJoCo's initial state
@@ -798,39 +750,34 @@ class MaMuJoCoVecEnv(VectorEnv):
         self._position = self.task.position()
         return self.task.state()[ids]
 
-    def _require_open(self):
-        if self.closed:
-            raise ClosedEnvironmentError(f"{self.env_id} was closed, expected no call after close()")
-
     def reset(self, *, seed=None, options=None):
         """Start new episodes everywhere, from `seed` if given. Returns obs (E, N, O) and {"state": (E, S)}."""
-        self._require_open()
         if seed is not None:
             self._seed(seed)
         self.state = self._start(np.arange(self.num_envs))
         return self._observe(self.state), {"state": self.state}
 
     def close_extras(self):
-        """End the pool's threads. They live as long as anything refers to the batch, and so do all views of it."""
-        self.batch = self.task = self._ctrl = self._unstable_warnings = None
+        """End the pool's threads: drop the batch and all views of it, since each view keeps the threads alive."""
 
-    def _check(self, actions):
-        """Raise ValueError for actions of a wrong shape or not finite."""
-        if actions.shape != self.action_space.shape:
-            raise ValueError(f"actions have shape {actions.shape}, expected {self.action_space.shape}: (E, N, act)")
-        if np.count_nonzero(np.isfinite(actions)) < actions.size:
-            env, agent, k = np.argwhere(~np.isfinite(actions))[0]
-            value = actions[env, agent, k]
-            raise ValueError(f"action {k} of agent {agent} in environment {env} is {value}, expected a finite number")
+        def closed(*_, **__):
+            raise ClosedEnvironmentError(f"{self.env_id}: expected no more calls after close()")
+
+        self.batch = self.task = self._ctrl = self._unstable_warnings = None
+        self.step = self.reset = self.get_state = self.set_state = closed
 
     def step(self, actions):
         """Step all environments with actions (E, N, act). The module's docstring says what this returns.
 
         Raises ValueError, before it steps anything, if actions have a wrong shape or are not finite.
         """
-        self._require_open()
         actions = np.asarray(actions)
-        self._check(actions)
+        if actions.shape != self.action_space.shape:
+            raise ValueError(f"actions have shape {actions.shape}, expected {self.action_space.shape}: (E, N, act)")
+        if np.count_nonzero(np.isfinite(actions)) < actions.size:
+            env, agent, k = np.argwhere(~np.isfinite(actions))[0]
+            value = actions[env, agent, k]
+            raise ValueError(f"action {k} of agent {agent} in environment {env} is {value}, expected a finite number")
         task, before, ctrl = self.task, self._position, self._ctrl
         ctrl[...] = actions.reshape(self.num_envs, -1).take(self._gather, axis=1)
         failed = False
@@ -875,21 +822,19 @@ class MaMuJoCoVecEnv(VectorEnv):
         self.batch.warning[bad] = 0
         if not self._num_unstable and bad.any():
             which = np.flatnonzero(bad).tolist()
-            warnings.warn(f"{self.env_id}: unstable simulation in environments {which}: their episodes end", stacklevel=3)
+            warnings.warn(f"{self.env_id}: unstable simulation in environments {which}, episodes ended", stacklevel=3)
         self._num_unstable += int(bad.sum())
 
     def get_state(self):
         """A dict of copies of all that later steps depend on, random states included: arrays and plain values."""
-        self._require_open()
         arrays = {"physics": self.batch.state, "state": self.state, "position": self._position}
         arrays |= {"returns": self._returns, "lengths": self._lengths}
-        saved = {name: array.copy() for name, array in arrays.items()}
-        saved["rngs"] = [rng.bit_generator.state for rng in self._rngs]
-        return saved | {"env_id": self.env_id, "unstable": self._num_unstable}
+        plain = {"env_id": self.env_id, "unstable": self._num_unstable}
+        plain["rngs"] = [rng.bit_generator.state for rng in self._rngs]
+        return {name: array.copy() for name, array in arrays.items()} | plain
 
     def set_state(self, saved):
         """Continue from what get_state returned. Raises ValueError for a state of another env id or num_envs."""
-        self._require_open()
         theirs, ours = (saved["env_id"], len(saved["physics"])), (self.env_id, self.num_envs)
         if theirs != ours:
             raise ValueError(f"the state is from {theirs[1]} x {theirs[0]}, expected {ours[1]} x {ours[0]}")
@@ -902,4 +847,4 @@ class MaMuJoCoVecEnv(VectorEnv):
 
 
 if __name__ == "__main__":
-    print(*env_ids(), "manyagent_* also in other sizes NxM: N agents of M segments each", sep="\n")
+    print(*ENV_IDS, "manyagent_* also in other sizes NxM: N agents of M segments each", sep="\n")
