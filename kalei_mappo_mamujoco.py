@@ -38,7 +38,7 @@ from experiment.mask_pictures import log_mask_shares
 from experiment.run_folder import log_episodes, log_scalars, open_run, print_outcome, reached
 from experiment.saved_models import evaluate_model
 from experiment.stopping import StopSignals, stop_if_diverged
-from mamujoco_env import MaMuJoCoVecEnv, agent_observations, standardise
+from mamujoco_env import EnvError, MaMuJoCoVecEnv, agent_observations, critic_state
 
 
 @dataclasses.dataclass
@@ -63,12 +63,12 @@ class Args:
     # environment
     env_id: str | None = None  # robot, version and partition; default: Ant-v2-4x2, or the model's
     agent_obsk: int | None = None  # agents see joints up to this many steps from their own; default: the full state
-    episode_limit: int = 1_000  # steps after which an episode is truncated, which is not a termination
+    episode_limit: int | None = None  # steps until an episode is truncated; default: the task's, 1000 for most
     num_envs: int = 20  # environments stepped in parallel by each process (E)
 
     # speed
     device: Literal["auto", "cpu", "cuda"] = "auto"  # device of the networks; auto: the GPU if there is one
-    num_threads: int = 0  # threads for the physics, 0: one per CPU; OMP_NUM_THREADS sets PyTorch's threads
+    num_threads: int = 0  # threads for the physics, 0: all usable CPUs; OMP_NUM_THREADS sets PyTorch's threads
     precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"  # auto: tf32 on GPUs, float32 on CPUs
     cudagraph: bool = True  # on a GPU, launch each update as one CUDA graph; ignored with several processes
     compile: bool = False  # fuse the updates' kernels by torch.compile, which takes minutes at the start
@@ -451,8 +451,8 @@ class Learner(nn.Module):
     def prepare(self, rollout):
         """(batch, logs): a rollout's B = T E steps as updates take them, and what can be logged before the updates."""
         args, critic, shape = self.args, self.critic, rollout.reward.shape
-        state = standardise(rollout.state).flatten(0, 1)
-        both = torch.cat([state, standardise(rollout.next_state).flatten(0, 1)])
+        state = critic_state(rollout.state).flatten(0, 1)
+        both = torch.cat([state, critic_state(rollout.next_state).flatten(0, 1)])
         predictions = critic(both, critic.effective_layers()).flatten()  # (2 B,)
         mean, std = critic.mean_std()
         values, next_values = (predictions * std + mean).view(2, *shape)
@@ -578,7 +578,7 @@ def make_env(args, seed, num_envs):
     """`num_envs` environments side by side, for training or evaluation. Put another environment in here."""
     try:
         return MaMuJoCoVecEnv(args.env_id, num_envs, seed, args.num_threads, args.episode_limit, args.agent_obsk)
-    except ValueError as error:  # it names the value and what was expected
+    except EnvError as error:  # a wrong flag; any other error is one of the program
         fail(error)
 
 
@@ -595,8 +595,8 @@ def parse_args(argv=None):
         if getattr(args, name) is None:
             setattr(args, name, tuned)
     check_ranges(args)
-    allowed = (args.sharing, args.log_std) != ("none", "shared")
-    require(allowed, "--log-std is shared, expected agent beside --sharing none: separate networks share nothing")
+    if (args.sharing, args.log_std) == ("none", "shared"):
+        fail("--log-std is shared, expected agent beside --sharing none")
     rows, parts = args.rollout_steps * args.num_envs, args.num_minibatches
     require(parts <= rows, f"--num-minibatches is {parts}, expected at most the {rows} steps of a rollout")
     # auto never means bfloat16: on Ant, two of three bfloat16 seeds ended below all float32 seeds

@@ -39,7 +39,7 @@ from experiment.mask_pictures import log_mask_shares
 from experiment.run_folder import log_episodes, log_scalars, open_run, print_outcome, reached
 from experiment.saved_models import evaluate_model
 from experiment.stopping import StopSignals, stop_if_diverged
-from mamujoco_env import MaMuJoCoVecEnv, agent_observations, standardise
+from mamujoco_env import EnvError, MaMuJoCoVecEnv, agent_observations, critic_state
 
 
 @dataclasses.dataclass
@@ -64,12 +64,12 @@ class Args:
     # environment
     env_id: str | None = None  # robot, version and partition; default: Ant-v2-4x2, or the model's
     agent_obsk: int | None = None  # agents see joints up to this many steps from their own; default: the full state
-    episode_limit: int = 1_000  # steps after which an episode is truncated, which is not a termination
+    episode_limit: int | None = None  # steps until an episode is truncated; default: the task's, 1000 for most
     num_envs: int = 10  # environments stepped in parallel by each process (E)
 
     # speed
     device: Literal["auto", "cpu", "cuda"] = "auto"  # device of the networks; auto: the GPU if there is one
-    num_threads: int = 0  # threads for the physics, 0: one per CPU; OMP_NUM_THREADS sets PyTorch's threads
+    num_threads: int = 0  # threads for the physics, 0: all usable CPUs; OMP_NUM_THREADS sets PyTorch's threads
     precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"  # auto: tf32 on GPUs, bfloat16 on CPUs with it
     cudagraph: bool = True  # on a GPU, launch each update as one CUDA graph; ignored with several processes
     compile: bool = False  # fuse the updates' kernels by torch.compile, which takes minutes at the start
@@ -389,12 +389,12 @@ class Replay:
         reward, discount, last = self.n_step_return(row, env)
         state, next_state = self.state[row, env], self.next_state[last, env]
         return SimpleNamespace(
-            state=standardise(state),  # (B, S)
+            state=critic_state(state),  # (B, S)
             obs=agent_observations(state, self.num_agents, columns=self.columns),  # (B, N, O)
             actions=self.actions[row, env],  # (B, N, act)
             reward=reward,  # (B,), discounted sum of the n-step return's rewards
             discount=discount,  # (B,), gamma to the power of their number
-            next_state=standardise(next_state),  # (B, S), where the return bootstraps
+            next_state=critic_state(next_state),  # (B, S), where the return bootstraps
             next_obs=agent_observations(next_state, self.num_agents, columns=self.columns),  # (B, N, O)
             terminated=self.terminated[last, env],  # (B,) bool
         )
@@ -553,7 +553,7 @@ def make_env(args, seed, num_envs):
     """`num_envs` environments side by side, for training or evaluation. Put another environment in here."""
     try:
         return MaMuJoCoVecEnv(args.env_id, num_envs, seed, args.num_threads, args.episode_limit, args.agent_obsk)
-    except ValueError as error:  # it names the value and what was expected
+    except EnvError as error:  # a wrong flag; any other error is one of the program
         fail(error)
 
 

@@ -1,37 +1,39 @@
 """Multi-agent MuJoCo: robots whose joints are divided among agents, as one vector environment.
 
     envs = MaMuJoCoVecEnv("Ant-v2-4x2", num_envs=10, seed=1)  # 4 agents of 2 joints each
-    obs, infos = envs.reset()                                 # obs (E, N, obs) float32
+    obs, infos = envs.reset()                                 # obs (E, N, O) float32
     actions = envs.action_space.sample()                      # (E, N, act) float32
     obs, reward, terminated, truncated, infos = envs.step(actions)
-    envs.close()
+    envs.close()                                              # ends the threads
 
-E environments, N agents, S numbers of state, O numbers of an agent's observation. All environments are stepped in one
-call of mujoco.batch.Batch, on a pool of threads. An agent observes the full state and its own id (O = S + N), or, with
-agent_obsk, its own part of the state.
+E environments, N agents, S numbers in the state, O numbers in an agent's observation. One call of mujoco.batch.Batch
+steps all environments on a pool of threads. Each agent observes the full state and its own id (O = S + N) or, with
+agent_obsk, the part of the state that is near its joints. `python mamujoco_env.py` prints all env ids.
 
-The v2 tasks are Gymnasium's v4 tasks with the contact forces (and their costs) at zero, which is what the v2 tasks of
-the multi-agent literature report (Peng et al. 2021, "FACMAC", arXiv:2003.06709, who introduced these tasks). The v5
-tasks are Gymnasium's v5 tasks, contact forces included.
+The v5 tasks are Gymnasium's. The v2 tasks are Gymnasium's v4 tasks with contact forces and their costs set to zero, as
+papers report the v2 tasks (Peng et al. 2021, "FACMAC", arXiv:2003.06709, introduced them).
 
-What step returns, besides reward, terminated and truncated (E,):
-  obs                    (E, N, O) float32: every agent's observation after automatic resets
-  infos["state"]         (E, S) float64: the state that `obs` shows
-  infos["final_obs"]     (E, N, O), infos["final_state"] (E, S): the same before automatic resets, which is
-                         what an action led to: the `next_state` of a replay buffer, for every environment
-  infos["_final_obs"]    (E,) bool: the environments that were reset in this step
-  infos["episode"]       {"r": returns (E,), "l": lengths (E,)}, valid where infos["_episode"] (E,) is true;
-                         the keys are there only when an episode has ended
-  infos["unstable"]      how many episodes have ended in an unstable simulation so far
-The environment does not write to returned arrays again, but some of them are one array (where nothing was reset,
-obs is final_obs): copy before changing one in place. A program that forks (torch's DataLoader, Gymnasium's
-AsyncVectorEnv) must do it by "spawn" or "forkserver", since the threads of the pool do not survive a fork.
+step returns reward, terminated and truncated (E,), and:
+  obs                    (E, N, O) float32: each agent's observation, after automatic resets
+  infos["state"]         (E, S) float64: the state, after automatic resets
+  infos["final_obs"]     (E, N, O), infos["final_state"] (E, S): the same before automatic resets, in every environment:
+                         what the actions led to, and what a replay buffer stores as `next_state`
+  infos["_final_obs"]    (E,) bool: True where this step ended an episode and reset the environment
+  infos["episode"]       {"r": returns (E,), "l": lengths (E,)}, valid where infos["_episode"] (E,) is True;
+                         both keys are missing if no episode has ended
+  infos["unstable"]      number of episodes so far that ended because the simulation became unstable
+The environment never changes an array that it has returned. Some are the same array (obs and final_obs, if nothing was
+reset): copy before you change one in place. Start processes (torch's DataLoader, Gymnasium's AsyncVectorEnv) by "spawn"
+or "forkserver", not by "fork": the pool's threads do not survive a fork.
 
-An episode ends as terminated where the task says so, and where MuJoCo reports an unstable simulation (reward 0,
-final state: the last good one). It is truncated after `episode_limit` steps. Environment i draws its resets
-from default_rng([seed, i]): its trajectory depends on the seed, i and its actions, on nothing else.
+An episode terminates where the task says so, and where MuJoCo reports an unstable simulation: the reward is then 0 and
+the final state is the last good one. It is truncated after `episode_limit` steps. Environment i draws its resets from
+default_rng([seed, i]), so its trajectory depends on the seed, i and its own actions, and on nothing else.
+What a user can type wrong, an env id or a number, raises EnvError, a ValueError. Wrong actions and states raise plain
+ValueErrors. A call after close() raises Gymnasium's ClosedEnvironmentError.
 """
 
+import difflib
 import itertools
 import os
 import re
@@ -40,24 +42,25 @@ import warnings
 import gymnasium
 import mujoco
 import numpy as np
+from gymnasium.error import ClosedEnvironmentError
 from gymnasium.spaces import Box
 from gymnasium.vector import AutoresetMode, VectorEnv
 from mujoco.batch import Batch, SimulationError
 
-# ---- Robots: Gymnasium's own, and those built in code that it does not ship ----
+# ---- Robots: Gymnasium's XML files, and robots built in code that Gymnasium does not have ----
 ASSETS = os.path.join(os.path.dirname(gymnasium.__file__), "envs", "mujoco", "assets")
 HINGE, SLIDE = mujoco.mjtJoint.mjJNT_HINGE, mujoco.mjtJoint.mjJNT_SLIDE
 
 
 def compile_quietly(spec):
-    """Compile without the warning that settotalmass, which Gymnasium's half-cheetah uses, is deprecated."""
+    """Compile. Hides the warning that settotalmass is deprecated: Gymnasium's half-cheetah uses it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return spec.compile()
 
 
 def _empty_spec():
-    """An empty world in degrees with RK4 and a time step of 5 ms, a light, and a floor that collides with all."""
+    """A world with a light and a floor that everything collides with; degrees, RK4, time steps of 5 ms."""
     spec = mujoco.MjSpec()
     spec.compiler.degree = True
     spec.option.integrator, spec.option.timestep = mujoco.mjtIntegrator.mjINT_RK4, 0.005
@@ -76,7 +79,7 @@ def _motor(spec, joint):
 
 
 def build_swimmer(segments):
-    """A swimmer of a head and `segments` bodies in a chain, one motor between each two."""
+    """A swimmer: a head and `segments` bodies in a chain, with a motor between neighbours."""
     spec = _empty_spec()
     spec.option.density, spec.option.viscosity = 4000, 0.1
     spec.geom("floor").pos = [0, 0, -0.1]
@@ -96,7 +99,7 @@ def build_swimmer(segments):
 
 
 def build_ant(segments):
-    """An ant with a spine of `segments` rigidly joined segments, each with two legs of hip and ankle."""
+    """An ant whose spine has `segments` segments, rigidly joined. Each has two legs with a hip and an ankle."""
     spec = _empty_spec()
     skin = dict(conaffinity=0, friction=[1, 0.5, 0.5], margin=0.01)
     spec.geom("floor").friction, spec.geom("floor").margin = skin["friction"], skin["margin"]
@@ -124,7 +127,7 @@ def build_ant(segments):
 
 
 def build_coupled_half_cheetah(segments):
-    """Two of Gymnasium's half-cheetahs side by side, their torsos tied by a spatial tendon."""
+    """Two of Gymnasium's half-cheetahs side by side. A spatial tendon ties their torsos together."""
     path = os.path.join(ASSETS, "half_cheetah.xml")
     spec, second = mujoco.MjSpec.from_file(path), mujoco.MjSpec.from_file(path)
     spec.body("torso").pos = [0, -1, 0.7]
@@ -135,36 +138,41 @@ def build_coupled_half_cheetah(segments):
     tendon.limited = mujoco.mjtLimited.mjLIMITED_TRUE
     tendon.wrap_site("tie")
     tendon.wrap_site("second_tie")
-    return compile_quietly(spec)  # the file's total mass, 14, is now that of both together
+    return compile_quietly(spec)  # the file sets a total mass of 14: both cheetahs together now weigh this
 
 
-# ---- Tasks: state, reward and termination of a whole batch at once ----
+# ---- Tasks: state, reward and termination of all environments at once ----
 class Task:
-    """A robot that is rewarded for moving forward: what the tasks below share. Shapes are those of a batch.
+    """A robot that is rewarded for moving forward. The other tasks derive from it and change what differs.
 
     Attributes:
-      model_file: XML of Gymnasium that holds the robot
-      frame_skip: simulation steps in an environment step
-      fields: what of MjData makes up the state, laid end to end; also what an agent observes of its own joints
-      hidden_positions: how many of the first positions the state leaves out
-      derived: whether the task reads anything but positions and velocities, which a reset then has MuJoCo compute
-      first_body: the first body whose numbers are part of the state; v5 leaves out the world, 0
-      measured: whether contact forces are those of the simulation, as in v5, or zero, as in v2
+      model_file: Gymnasium's XML file of the robot
+      frame_skip, episode_limit: simulation steps in an environment step; environment steps in an episode, by default
+      fields: arrays of MjData that form the state, concatenated; an agent observes them for its own joints
+      hidden_positions: the state leaves out this many of the first positions
+      derived: True if the task reads more than positions and velocities; a reset then has MuJoCo compute the rest
+      first_body: first body whose numbers are in the state; v5 leaves out the world, body 0
+      measured: True if contact forces come from the simulation, as in v5; False if they are zero, as in v2
       force_limit: contact forces are clipped to +- this
       forward_weight, control_cost, alive: reward = forward_weight * velocity - control_cost * |ctrl|^2 + alive
-      alive_when_unhealthy: whether the step in which the episode terminates still earns `alive`
+      alive_when_unhealthy: True if the step that terminates an episode still earns `alive`
       contact_cost, contact_cost_limit: the reward loses contact_cost * |forces|^2, at most the limit
-      noise, velocity_noise: resets add U(-noise, noise) to the positions; to the velocities too where
-        velocity_noise is "uniform", and N(0, noise) where it is "normal"
+      noise, velocity_noise: resets add U(-noise, noise) to positions, and the same ("uniform") or N(0, noise)
+        ("normal") to velocities
+      partitions: {name: names of each agent's joints}; "|" separates agents
+      neighbours: the joint graph; "|" separates cliques, and all joints of a clique are neighbours
+      segment_joints: for robots of any size: the joints of segment i. `neighbours` are then the cliques that it adds,
+        and `partitions` names one size as an example
     """
 
     model_file: str
-    frame_skip = 5
+    frame_skip, episode_limit = 5, 1000
     fields, hidden_positions = ("qpos", "qvel"), 1
     derived, first_body, measured = True, 0, False
     forward_weight, control_cost, alive, alive_when_unhealthy = 1.0, 0.1, 0.0, True
     force_limit, contact_cost, contact_cost_limit = np.inf, 0.0, np.inf
     noise, velocity_noise = 0.1, "normal"
+    partitions, neighbours, segment_joints = {}, "", ""
 
     def __init__(self, segments):
         self.segments, self.model = segments, self.build(segments)
@@ -174,13 +182,13 @@ class Task:
         return compile_quietly(mujoco.MjSpec.from_file(os.path.join(ASSETS, self.model_file)))
 
     def left_out(self, field):
-        """How many of the field's first numbers the state leaves out: positions, or those of the first bodies."""
+        """How many of the field's first numbers the state leaves out: positions, or numbers of the first bodies."""
         if field == "qpos":
             return self.hidden_positions
         return {"qvel": 0, "cinert": 10, "cvel": 6, "cfrc_ext": 6, "qfrc_actuator": 6}[field] * self.first_body
 
     def bind(self, batch):
-        """Take live views of the batch's arrays; they follow every call to the batch."""
+        """Take views of the batch's arrays. Each call of the batch updates them in place."""
         self.qpos, self.qvel = batch.bind("qpos"), batch.bind("qvel")
         self.forces = np.zeros((batch.nsim, self.model.nbody, 6))
         self.scratch = mujoco.MjData(self.model)
@@ -188,8 +196,8 @@ class Task:
         self.state_parts = [array.reshape(batch.nsim, -1)[:, self.left_out(name) :] for name, array in arrays.items()]
 
     def measure_forces(self, batch):
-        """Take the contact forces after a step as Gymnasium does, by mj_rnePostConstraint, which a batch leaves out."""
-        # a sensor that asked for them would have them measured in every simulation step, and under RK4 at another stage
+        """Compute the contact forces after a step as Gymnasium does, by mj_rnePostConstraint; a batch leaves it out."""
+        # no sensor: it would compute the forces in every simulation step and, under RK4, at another stage
         for i in range(batch.nsim):
             batch.get_data(i, self.scratch)
             mujoco.mj_rnePostConstraint(self.model, self.scratch)
@@ -197,19 +205,19 @@ class Task:
         np.clip(self.forces, -self.force_limit, self.force_limit, out=self.forces)
 
     def state(self):
-        """(E, S) float64, a new array."""
+        """The state (E, S) float64, a new array."""
         return np.concatenate(self.state_parts, axis=1)
 
     def position(self):
-        """(E,), a new array: the place in metres whose change over a step is the forward velocity."""
+        """(E,) in metres, a new array: the position whose change over a step gives the forward velocity."""
         return self.qpos[:, 0].copy()
 
     def progress(self, before, after):
-        """(E,): the reward's first term, from the positions before and after the step."""
+        """The reward's first term (E,), from the positions (E,) before and after the step."""
         return (after - before) * (self.forward_weight / self.dt)
 
     def reward(self, before, after, ctrl, unhealthy):
-        """(E,) from the positions before and after the step, the controls (E, nu) and where the episode terminates."""
+        """The reward (E,), from positions (E,) before and after the step, controls (E, nu) and unhealthy()."""
         reward = np.vecdot(ctrl, ctrl)
         reward *= -self.control_cost
         reward += self.progress(before, after)
@@ -221,11 +229,11 @@ class Task:
         return reward
 
     def unhealthy(self):
-        """(E,) bool, a new array: where the episode terminates."""
+        """(E,) bool, a new array: True where the episode terminates."""
         return np.zeros(len(self.qpos), bool)
 
     def sample(self, rng):
-        """Positions (nq,) and velocities (nv,) at the start of an episode."""
+        """Draw the positions (nq,) and velocities (nv,) that an episode starts with."""
         qpos = self.model.qpos0 + rng.uniform(-self.noise, self.noise, self.model.nq)
         if self.velocity_noise == "normal":
             return qpos, self.noise * rng.standard_normal(self.model.nv)
@@ -233,7 +241,7 @@ class Task:
 
     # ---- partial observations: columns of the state ----
     def layout(self):
-        """By field, an array of its shape in one simulation: the state's columns, -1 for what the state leaves out."""
+        """{field: columns of the state}, in the field's shape in one simulation; -1: not part of the state."""
         columns, size = {}, 0
         for name in self.fields:
             field, out = getattr(self.scratch, name), self.left_out(name)
@@ -243,7 +251,7 @@ class Task:
         return columns
 
     def joint_columns(self, joint, field, columns, seen):
-        """What an agent observes of a joint. Numbers of bodies count once: `seen` are the (field, body) so far."""
+        """Columns that a joint's `field` adds to what an agent sees. `seen`: (field, body) pairs already included."""
         joint = self.model.joint(joint)
         if field == "qpos":
             return [columns["qpos"][joint.qposadr[0]]]
@@ -254,20 +262,22 @@ class Task:
         return [column for body in new for column in columns[field][body]]
 
     def common_columns(self, columns):
-        """What all agents observe: positions and velocities that no motor drives, which is the root's."""
+        """Columns that all agents see: positions and velocities of joints without a motor, which belong to the root."""
         driven = self.model.actuator_trnid[:, 0]
         qpos = np.delete(columns["qpos"], self.model.jnt_qposadr[driven])
         return [*qpos, *np.delete(columns["qvel"], self.model.jnt_dofadr[driven])]
 
     def observed(self, joints, distance):
-        """Columns of the state that an agent of these joints observes, as MaMuJoCo's agent_obsk (Peng et al. 2021).
+        """Columns of the state that the agent of these joints observes, as in MaMuJoCo's agent_obsk (Peng et al. 2021).
 
-        Of its own joints all fields, of those at 1, 2, ..., `distance` steps in the joint graph the positions; in each
-        ring the joints stand in the order of their names; then what is common to all.
+        All fields of its own joints, then the positions of joints at 1, 2, ..., `distance` steps in the joint graph,
+        then what all agents observe. Joints at the same distance are sorted by name.
         """
-        cliques, columns, seen, found = joint_graph(self), self.layout(), set(), []
+        cliques = [self.neighbours.format(i=i, before=max(i - 1, 0)) for i in range(self.segments or 1)]
+        cliques = [clique.split() for clique in " | ".join(cliques).split("|")]
+        columns, seen, found = self.layout(), set(), []
         ring, reached = set(joints), set(joints)
-        for step in range(distance + 1):
+        for step in range(min(distance, self.model.njnt) + 1):  # no joint is further away
             for joint in sorted(ring):
                 for field in self.fields if step == 0 else ("qpos",):
                     found += self.joint_columns(joint, field, columns, seen)
@@ -279,20 +289,26 @@ class Task:
 class Ant(Task):
     model_file, hidden_positions, fields = "ant.xml", 2, ("qpos", "qvel", "cfrc_ext")
     control_cost, alive = 0.5, 1.0
+    partitions = {
+        "2x4": "hip_1 ankle_1 hip_2 ankle_2 | hip_3 ankle_3 hip_4 ankle_4",
+        "2x4d": "hip_1 ankle_1 hip_3 ankle_3 | hip_2 ankle_2 hip_4 ankle_4",
+        "4x2": "hip_1 ankle_1 | hip_2 ankle_2 | hip_3 ankle_3 | hip_4 ankle_4",
+        "8x1": "hip_1 | ankle_1 | hip_2 | ankle_2 | hip_3 | ankle_3 | hip_4 | ankle_4",
+    }
+    neighbours = f"{partitions['4x2']} | hip_1 hip_2 hip_3 hip_4"
 
     def bind(self, batch):
         super().bind(batch)
-        self.x = batch.bind("xpos")[:, 1, 0]  # of the torso, as in Gymnasium; it lags one simulation step behind qpos
+        self.x = batch.bind("xpos")[:, 1, 0]  # the torso's, as in Gymnasium; one simulation step behind qpos
 
     def position(self):
         return self.x.copy()
 
     def unhealthy(self):
-        height = self.qpos[:, 2]
-        return (height < 0.2) | (height > 1.0)
+        return (self.qpos[:, 2] < 0.2) | (self.qpos[:, 2] > 1.0)
 
     def bodies_of(self, joint):
-        """A hip's are the torso and the leg's first part, an ankle's are the leg's three."""
+        """A hip has the torso and the leg's first part, an ankle has the leg's three parts."""
         own, parent = self.model.joint(joint).bodyid[0], self.model.body_parentid
         inner = [parent[parent[own]], parent[own]]
         return inner if joint.startswith("hip") else [*inner, own]
@@ -305,15 +321,27 @@ class AntV5(Ant):
 
 class ManyAgentAnt(Ant):
     frame_skip, build = 4, staticmethod(build_ant)
+    partitions, segment_joints = {"2x3": ""}, "hip1_{i} ankle1_{i} hip2_{i} ankle2_{i}"
+    neighbours = "hip1_{i} ankle1_{i} | hip2_{i} ankle2_{i} | hip1_{i} hip2_{i}"
+    neighbours += " | hip1_{before} hip2_{before} hip1_{i} hip2_{i}"
 
 
 class HalfCheetah(Task):
     model_file, derived = "half_cheetah.xml", False
+    partitions = {
+        "2x3": "bfoot bshin bthigh | ffoot fshin fthigh",
+        "3x2": "bfoot bshin | bthigh ffoot | fshin fthigh",
+        "6x1": "bfoot | bshin | bthigh | ffoot | fshin | fthigh",
+    }
+    neighbours = "bfoot bshin | bshin bthigh | bthigh fthigh | fthigh fshin | fshin ffoot"
 
 
 class CoupledHalfCheetah(HalfCheetah):
     build = staticmethod(build_coupled_half_cheetah)
-    control_cost = 0.05  # the mean over both cheetahs of 0.1 |ctrl|^2
+    control_cost = 0.05  # 0.1 |ctrl|^2, averaged over both cheetahs
+    partitions = {"1p1": "bthigh bshin bfoot fthigh fshin ffoot | second_bthigh second_bshin second_bfoot"}
+    partitions["1p1"] += " second_fthigh second_fshin second_ffoot"
+    neighbours = re.sub(r"(\w+)", r"second_\1", HalfCheetah.neighbours) + f" | {HalfCheetah.neighbours}"
 
     def position(self):
         return (self.qpos[:, 0] + self.qpos[:, self.model.nq // 2]) / 2
@@ -322,10 +350,11 @@ class CoupledHalfCheetah(HalfCheetah):
 class Swimmer(Task):
     model_file, derived, frame_skip, hidden_positions = "swimmer.xml", False, 4, 2
     control_cost, velocity_noise = 1e-4, "uniform"
+    partitions, neighbours = {"2x1": "motor1_rot | motor2_rot"}, "motor1_rot motor2_rot"
 
     def joint_columns(self, joint, field, columns, seen):
         found = super().joint_columns(joint, field, columns, seen)
-        if field == "qvel":  # as published, the first motor's agent feels how the root moves along x, the second's y
+        if field == "qvel":  # as published: motor 1's agent also sees the root's velocity along x, motor 2's along y
             found.insert(0, columns["qvel"][self.model.joint(joint).dofadr[0] - 3])
         return found
 
@@ -335,6 +364,7 @@ class Swimmer(Task):
 
 class ManyAgentSwimmer(Swimmer):
     build = staticmethod(build_swimmer)
+    partitions, segment_joints, neighbours = {"10x2": ""}, "rot{i}", "rot{before} rot{i}"
     joint_columns = Task.joint_columns
 
     def common_columns(self, columns):
@@ -343,14 +373,15 @@ class ManyAgentSwimmer(Swimmer):
 
 class Hopper(Task):
     model_file, derived, frame_skip = "hopper.xml", False, 4
-    control_cost, alive = 1e-3, 1.0
-    noise, velocity_noise = 5e-3, "uniform"
+    control_cost, alive, noise, velocity_noise = 1e-3, 1.0, 5e-3, "uniform"
+    partitions = {"3x1": "thigh_joint | leg_joint | foot_joint"}
+    neighbours = "foot_joint leg_joint | leg_joint thigh_joint"
 
     def bind(self, batch):
         super().bind(batch)
-        # a row of the batch begins with time, qpos and qvel (mjtState): all but x and height
+        # a row of batch.state begins with time, x and height: take the angles and all velocities after these
         self.angles_and_velocities = batch.state[:, 3 : 1 + self.model.nq + self.model.nv]
-        self.limits = np.array([0.2] + [100.0] * (self.angles_and_velocities.shape[1] - 1))  # the first is the torso's
+        self.limits = np.array([0.2] + [100.0] * (self.angles_and_velocities.shape[1] - 1))  # the torso's angle first
 
     def state(self):
         state = super().state()
@@ -368,6 +399,13 @@ class HopperV5(Hopper):
 
 class Walker2d(Hopper):
     model_file = "walker2d.xml"
+    partitions = {
+        "2x3": "foot_joint leg_joint thigh_joint | foot_left_joint leg_left_joint thigh_left_joint",
+        "3x2": "foot_joint leg_joint | thigh_joint foot_left_joint | leg_left_joint thigh_left_joint",
+        "6x1": "foot_joint | leg_joint | thigh_joint | foot_left_joint | leg_left_joint | thigh_left_joint",
+    }
+    neighbours = f"{Hopper.neighbours} | foot_left_joint leg_left_joint | leg_left_joint thigh_left_joint"
+    neighbours += " | thigh_joint thigh_left_joint"
 
     def unhealthy(self):
         height, angle = self.qpos[:, 1], self.qpos[:, 2]
@@ -378,11 +416,24 @@ class Walker2dV5(Walker2d):
     model_file, alive_when_unhealthy = "walker2d_v5.xml", False
 
 
+_UPPER = "left_shoulder1 left_shoulder2 abdomen_x abdomen_y abdomen_z right_shoulder1 right_shoulder2"
+_UPPER += " right_elbow left_elbow"
+_LOWER = "left_hip_x left_hip_y left_hip_z right_hip_x right_hip_y right_hip_z right_knee left_knee"
+_SIDE = "{0}_elbow {0}_shoulder1 {0}_shoulder2 | {0}_shoulder1 {0}_shoulder2 abdomen_x abdomen_y abdomen_z"
+_SIDE += " | abdomen_x abdomen_y abdomen_z {0}_hip_x {0}_hip_y {0}_hip_z | {0}_knee {0}_hip_x {0}_hip_y {0}_hip_z"
+
+
 class Humanoid(Task):
     model_file, hidden_positions = "humanoid.xml", 2
     fields = ("qpos", "qvel", "cinert", "cvel", "qfrc_actuator", "cfrc_ext")
-    forward_weight, alive = 1.25, 5.0
-    noise, velocity_noise = 1e-2, "uniform"
+    forward_weight, alive, noise, velocity_noise = 1.25, 5.0, 1e-2, "uniform"
+    partitions = {"9|8": f"{_UPPER} | {_LOWER}", "17x1": f"{_UPPER} {_LOWER}".replace(" ", " | ")}
+    neighbours = f"{_SIDE.format('left')} | {_SIDE.format('right')}"
+    bodies = {  # the joint's agent sees their inertia and velocity; keys are the second word of a joint's name
+        "x": "pelvis right_thigh left_thigh", "y": "torso lwaist pelvis", "z": "torso lwaist pelvis",
+        "hip": "{0}_thigh {0}_shin", "knee": "{0}_shin {0}_foot", "elbow": "{0}_lower_arm",
+    }  # fmt: skip
+    bodies["shoulder1"] = bodies["shoulder2"] = "torso {0}_upper_arm {0}_lower_arm"
 
     def bind(self, batch):
         super().bind(batch)
@@ -390,14 +441,14 @@ class Humanoid(Task):
         self.mass_share = self.model.body_mass / self.model.body_mass.sum()
 
     def position(self):
-        return np.vecdot(self.x, self.mass_share)  # row by row: the rounding of a product depends on num_envs
+        return np.vecdot(self.x, self.mass_share)  # vecdot, since a matrix product's rounding depends on num_envs
 
     def unhealthy(self):
-        height = self.qpos[:, 2]
-        return ~((height > 1.0) & (height < 2.0))
+        return ~((self.qpos[:, 2] > 1.0) & (self.qpos[:, 2] < 2.0))
 
     def bodies_of(self, joint):
-        return [self.model.body(name).id for name in HUMANOID_BODIES[joint].split()]
+        side, part = joint.split("_")[:2]
+        return [self.model.body(name).id for name in self.bodies[part].format(side).split()]
 
 
 class HumanoidV5(Humanoid):
@@ -406,14 +457,14 @@ class HumanoidV5(Humanoid):
 
 
 class HumanoidStandup(Humanoid):
-    """Rewarded for the height of its torso, over the time of one simulation step as in Gymnasium."""
+    """Rewarded for the height of its torso, divided by the time of one simulation step as in Gymnasium."""
 
     model_file, alive = "humanoidstandup.xml", 1.0
 
     def progress(self, before, after):
         return self.qpos[:, 2] / self.model.opt.timestep
 
-    unhealthy = Task.unhealthy  # it starts on the floor
+    unhealthy = Task.unhealthy  # never: it starts on the floor
 
 
 class HumanoidStandupV5(HumanoidStandup):
@@ -422,11 +473,12 @@ class HumanoidStandupV5(HumanoidStandup):
 
 
 class Reacher(Task):
-    """Rewarded for the nearness of its fingertip to a target, as it was before the step, as in Gymnasium."""
+    """Rewarded with minus the distance from fingertip to target, measured before the step as in Gymnasium."""
 
-    model_file, frame_skip, control_cost = "reacher.xml", 2, 1.0
+    model_file, frame_skip, episode_limit, control_cost = "reacher.xml", 2, 50, 1.0
     fields = ("qpos", "qvel", "fingertip")
-    distances = 3  # of x, y and z, how many are part of the state
+    partitions, neighbours = {"2x1": "joint0 | joint1"}, "joint0 joint1"
+    distances = 3  # how many of x, y and z the state has
 
     def bind(self, batch):
         self.qpos, self.qvel, xpos = batch.bind("qpos"), batch.bind("qvel"), batch.bind("xpos")
@@ -445,9 +497,8 @@ class Reacher(Task):
 
     def sample(self, rng):
         qpos = rng.uniform(-0.1, 0.1, self.model.nq) + self.model.qpos0
-        goal = rng.uniform(-0.2, 0.2, 2)
-        while np.linalg.norm(goal) >= 0.2:
-            goal = rng.uniform(-0.2, 0.2, 2)
+        while np.linalg.norm(goal := rng.uniform(-0.2, 0.2, 2)) >= 0.2:
+            pass
         qvel = rng.uniform(-0.005, 0.005, self.model.nv)
         qpos[-2:], qvel[-2:] = goal, 0
         return qpos, qvel
@@ -456,7 +507,7 @@ class Reacher(Task):
         return {}
 
     def joint_columns(self, joint, field, columns, seen):
-        index = self.model.joint(joint).id  # sines come before cosines, as published
+        index = self.model.joint(joint).id  # sine before cosine, as published
         known = {"qpos": [2 + index, index], "qvel": [6 + index]}
         return known[field] if field in known else [8, 9, 10][: self.distances] if index == 1 else []
 
@@ -465,7 +516,7 @@ class Reacher(Task):
 
 
 class ReacherV5(Reacher):
-    """Rewarded for the nearness of its fingertip to a target after the step."""
+    """As Reacher, but the distance is measured after the step."""
 
     distances = 2
 
@@ -474,14 +525,17 @@ class ReacherV5(Reacher):
 
 
 class PusherV5(Task):
-    """Rewarded for the nearness of its arm's tip to an object and of the object to a goal."""
+    """Rewarded with minus the distances from object to goal and, at half the weight, from object to the arm's tip."""
 
-    model_file, control_cost = "pusher_v5.xml", 0.1
+    model_file, episode_limit, control_cost = "pusher_v5.xml", 100, 0.1
+    partitions = {"3p": "r_shoulder_pan_joint r_shoulder_lift_joint r_upper_arm_roll_joint | r_elbow_flex_joint"}
+    partitions["3p"] += " | r_forearm_roll_joint r_wrist_flex_joint r_wrist_roll_joint"
+    neighbours = " | ".join(map(" ".join, itertools.pairwise(partitions["3p"].replace("|", "").split())))
 
     def bind(self, batch):
         self.qpos, self.qvel, xpos = batch.bind("qpos"), batch.bind("qvel"), batch.bind("xpos")
-        names = ("tips_arm", "object", "goal")
-        self.tip, self.object, self.goal = (xpos[:, self.model.body(name).id] for name in names)
+        tip_object_goal = (xpos[:, self.model.body(name).id] for name in ("tips_arm", "object", "goal"))
+        self.tip, self.object, self.goal = tip_object_goal
 
     def state(self):
         return np.concatenate([self.qpos[:, :7], self.qvel[:, :7], self.tip, self.object, self.goal], axis=1)
@@ -503,156 +557,86 @@ class PusherV5(Task):
         return {"qpos": np.arange(7), "qvel": np.arange(7, 14)}
 
     def common_columns(self, columns):
-        return [*range(14, 23)]  # the places of tip, object and goal
+        return [*range(14, 23)]  # positions of tip, object and goal
 
 
-# ---- Who controls which joints and who sees what: texts of joints with spaces between them ----
-_UPPER = "left_shoulder1 left_shoulder2 abdomen_x abdomen_y abdomen_z right_shoulder1 right_shoulder2"
-_UPPER += " right_elbow left_elbow"
-_LOWER = "left_hip_x left_hip_y left_hip_z right_hip_x right_hip_y right_hip_z right_knee left_knee"
-_CHEETAH = "bthigh bshin bfoot fthigh fshin ffoot"
-_ARM = "r_shoulder_pan_joint r_shoulder_lift_joint r_upper_arm_roll_joint | r_elbow_flex_joint"
-_ARM += " | r_forearm_roll_joint r_wrist_flex_joint r_wrist_roll_joint"
-PARTITIONS = {  # agents divided by "|"
-    Ant: {
-        "2x4": "hip_1 ankle_1 hip_2 ankle_2 | hip_3 ankle_3 hip_4 ankle_4",
-        "2x4d": "hip_1 ankle_1 hip_3 ankle_3 | hip_2 ankle_2 hip_4 ankle_4",
-        "4x2": "hip_1 ankle_1 | hip_2 ankle_2 | hip_3 ankle_3 | hip_4 ankle_4",
-        "8x1": "hip_1 | ankle_1 | hip_2 | ankle_2 | hip_3 | ankle_3 | hip_4 | ankle_4",
-    },
-    HalfCheetah: {
-        "2x3": "bfoot bshin bthigh | ffoot fshin fthigh",
-        "3x2": "bfoot bshin | bthigh ffoot | fshin fthigh",
-        "6x1": "bfoot | bshin | bthigh | ffoot | fshin | fthigh",
-    },
-    Hopper: {"3x1": "thigh_joint | leg_joint | foot_joint"},
-    Walker2d: {
-        "2x3": "foot_joint leg_joint thigh_joint | foot_left_joint leg_left_joint thigh_left_joint",
-        "3x2": "foot_joint leg_joint | thigh_joint foot_left_joint | leg_left_joint thigh_left_joint",
-        "6x1": "foot_joint | leg_joint | thigh_joint | foot_left_joint | leg_left_joint | thigh_left_joint",
-    },
-    Humanoid: {"9|8": f"{_UPPER} | {_LOWER}", "17x1": f"{_UPPER} {_LOWER}".replace(" ", " | ")},
-    Reacher: {"2x1": "joint0 | joint1"},
-    PusherV5: {"3p": _ARM},
-    Swimmer: {"2x1": "motor1_rot | motor2_rot"},
-    CoupledHalfCheetah: {"1p1": f"{_CHEETAH} | second_{_CHEETAH.replace(' ', ' second_')}"},
-}
-_SPINE = "bfoot bshin | bshin bthigh | bthigh fthigh | fthigh fshin | fshin ffoot"
-_LEG = "foot{0}_joint leg{0}_joint | leg{0}_joint thigh{0}_joint"
-_SIDE = "{0}_elbow {0}_shoulder1 {0}_shoulder2 | {0}_shoulder1 {0}_shoulder2 abdomen_x abdomen_y abdomen_z"
-_SIDE += " | abdomen_x abdomen_y abdomen_z {0}_hip_x {0}_hip_y {0}_hip_z | {0}_knee {0}_hip_x {0}_hip_y {0}_hip_z"
-NEIGHBOURS = {  # the joint graph: its cliques divided by "|"
-    Ant: " | ".join(f"hip_{leg} ankle_{leg}" for leg in range(1, 5)) + " | hip_1 hip_2 hip_3 hip_4",
-    HalfCheetah: _SPINE,
-    CoupledHalfCheetah: re.sub(r"(\w+)", r"second_\1", _SPINE) + f" | {_SPINE}",
-    Hopper: _LEG.format(""),
-    Walker2d: f"{_LEG.format('')} | {_LEG.format('_left')} | thigh_joint thigh_left_joint",
-    Humanoid: f"{_SIDE.format('left')} | {_SIDE.format('right')}",
-    Reacher: "joint0 joint1",
-    PusherV5: " | ".join(map(" ".join, itertools.pairwise(_ARM.replace("|", "").split()))),
-    Swimmer: "motor1_rot motor2_rot",
-}
-SEGMENTS = {  # robots of any size NxM, N agents of M segments each: the joints of segment i, the cliques that it adds
-    ManyAgentSwimmer: ("rot{i}", "rot{before} rot{i}"),
-    ManyAgentAnt: (
-        "hip1_{i} ankle1_{i} hip2_{i} ankle2_{i}",
-        "hip1_{i} ankle1_{i} | hip2_{i} ankle2_{i} | hip1_{i} hip2_{i} | hip1_{before} hip2_{before} hip1_{i} hip2_{i}",
-    ),
-}
+# ---- Env ids ----
 TASKS = {
-    "Ant-v2": Ant, "Ant-v5": AntV5,
-    "HalfCheetah-v2": HalfCheetah, "HalfCheetah-v5": HalfCheetah,
-    "Hopper-v2": Hopper, "Hopper-v5": HopperV5,
-    "Walker2d-v2": Walker2d, "Walker2d-v5": Walker2dV5,
+    "Ant-v2": Ant, "Ant-v5": AntV5, "HalfCheetah-v2": HalfCheetah, "HalfCheetah-v5": HalfCheetah,
+    "Hopper-v2": Hopper, "Hopper-v5": HopperV5, "Walker2d-v2": Walker2d, "Walker2d-v5": Walker2dV5,
     "Humanoid-v2": Humanoid, "Humanoid-v5": HumanoidV5,
     "HumanoidStandup-v2": HumanoidStandup, "HumanoidStandup-v5": HumanoidStandupV5,
-    "Reacher-v2": Reacher, "Reacher-v5": ReacherV5,
-    "Swimmer-v2": Swimmer, "Swimmer-v5": Swimmer,
+    "Reacher-v2": Reacher, "Reacher-v5": ReacherV5, "Swimmer-v2": Swimmer, "Swimmer-v5": Swimmer,
     "Pusher-v5": PusherV5, "coupled_half_cheetah": CoupledHalfCheetah,
     "manyagent_swimmer": ManyAgentSwimmer, "manyagent_ant": ManyAgentAnt,
 }  # fmt: skip
-HUMANOID_BODIES = {"abdomen_x": "pelvis right_thigh left_thigh"}  # whose inertia and velocity the joint's agent sees
-HUMANOID_BODIES |= {f"abdomen_{axis}": "torso lwaist pelvis" for axis in "yz"}
-for _side in ("left", "right"):
-    HUMANOID_BODIES |= {f"{_side}_hip_{axis}": f"{_side}_thigh {_side}_shin" for axis in "xyz"}
-    HUMANOID_BODIES[f"{_side}_knee"] = f"{_side}_shin {_side}_foot"
-    HUMANOID_BODIES |= {f"{_side}_shoulder{i}": f"torso {_side}_upper_arm {_side}_lower_arm" for i in (1, 2)}
-    HUMANOID_BODIES[f"{_side}_elbow"] = f"{_side}_lower_arm"
+ENV_IDS = [f"{name}-{partition}" for name, task in TASKS.items() for partition in task.partitions]
 
 
-def of_robot(table, task):
-    """The table's entry for the class or the nearest one that it derives from: v5 tasks have the v2 tasks' robots."""
-    return next(table[kind] for kind in task.__mro__ if kind in table)
-
-
-def partitions_of(task):
-    """A class's partitions by name; none for the robots that come in any size."""
-    return {} if task in SEGMENTS else of_robot(PARTITIONS, task)
-
-
-def joint_graph(task):
-    """The joints of a Task that are neighbours of each other: a list of lists of names."""
-    if type(task) in SEGMENTS:
-        _, neighbours = SEGMENTS[type(task)]
-        text = " | ".join(neighbours.format(i=i, before=max(i - 1, 0)) for i in range(task.segments))
-    else:
-        text = of_robot(NEIGHBOURS, type(task))
-    return [clique.split() for clique in text.split("|")]
+class EnvError(ValueError):
+    """An unknown env id or an impossible number; the message names it and says what was expected."""
 
 
 def parse_env_id(env_id):
     """The task's class, its number of segments and each agent's joints: (class, int, list of lists of names).
 
-    Raises ValueError, naming the id and listing what there is, for an unknown id or partition.
+    Raises EnvError for an unknown id or partition. It names the nearest ids, or the partitions there are.
     """
     name, _, partition = str(env_id).rpartition("-")
     if name not in TASKS:
-        known = [f"{task}-{part}" for task, kind in TASKS.items() for part in partitions_of(kind) or ["NxM"]]
-        raise ValueError(f"unknown env id {env_id!r}; there are {', '.join(known)}")
+        wrong = str(env_id).lower()[:99]
+        score = {known: difflib.SequenceMatcher(None, known.lower(), wrong).ratio() for known in ENV_IDS}
+        least = max(0.4, 0.8 * max(score.values()))
+        nearest = sorted((known for known in score if score[known] > least), key=score.get, reverse=True)[:3]
+        expected = f", expected one such as {', '.join(nearest)}" if nearest else ""
+        raise EnvError(f"unknown env id {env_id!r}{expected}; `python mamujoco_env.py` prints all")
     task = TASKS[name]
-    if task in SEGMENTS:
+    if task.segment_joints:
         match = re.fullmatch(r"([1-9]\d?)x([1-9]\d?)", partition, re.ASCII)
         if not match or int(match[1]) * int(match[2]) > 1000:  # MuJoCo compiles no longer chains
-            sizes = "NxM: N agents of M segments, 1 to 99 each and 1000 in all"
-            raise ValueError(f"unknown partition {partition!r} in {env_id!r}; {name} takes {sizes}")
+            sizes = "NxM, such as 10x2: N agents of M segments each, both from 1 to 99, at most 1000 segments"
+            raise EnvError(f"unknown partition {partition!r} in {env_id!r}; {name} takes {sizes}")
         agents, each = int(match[1]), int(match[2])
-        joints, _ = SEGMENTS[task]
-        owned = [range(agent * each, (agent + 1) * each) for agent in range(agents)]
-        return task, agents * each, [" ".join(joints.format(i=i) for i in own).split() for own in owned]
-    known = partitions_of(task)
-    if partition not in known:
-        raise ValueError(f"unknown partition {partition!r} in {env_id!r}; {name} has {', '.join(known)}")
-    return task, 0, [joints.split() for joints in known[partition].split("|")]
+        joints = [task.segment_joints.format(i=i).split() for i in range(agents * each)]
+        return task, len(joints), [sum(joints[i : i + each], []) for i in range(0, len(joints), each)]
+    if partition not in task.partitions:
+        raise EnvError(f"unknown partition {partition!r} in {env_id!r}; {name} has {', '.join(task.partitions)}")
+    return task, 0, [joints.split() for joints in task.partitions[partition].split("|")]
 
 
-# ---- Observations: pure functions of the state, for NumPy arrays and torch tensors with any leading dimensions ----
+# ---- What critic and agents see of a state: functions of NumPy arrays or torch tensors, any leading dimensions ----
 def standardise(x):
-    """(x - mean) / std over the last axis: the critic's view of the state. (..., S) -> (..., S)."""
-    size = x.shape[-1]  # sum / size, since NumPy's mean takes three times as long on a few numbers
+    """(x - mean) / std over the last axis. (..., S) -> (..., S)."""
+    size = x.shape[-1]  # sum / size: NumPy's mean takes three times as long on few numbers
     centred = x - x.sum(axis=-1, keepdims=True) / size
     variance = (centred * centred).sum(axis=-1, keepdims=True) / size
-    return centred / (variance + 1e-30) ** 0.5  # 1e-30: finite for a constant vector too
+    return centred / (variance + 1e-30) ** 0.5  # 1e-30 keeps a constant vector finite
+
+
+def critic_state(state):
+    """What the critic sees: the standardised state. (..., S) -> (..., S)."""
+    return standardise(state)
 
 
 def agent_observations(state, num_agents, dtype=None, columns=None):
-    """Each agent's observation: what it sees of the state and its one-hot id, standardised together.
+    """What each agent sees: its part of the state and its one-hot id, standardised together.
 
-    (..., S) -> (..., N, O), where the state is, in its dtype or the one given. Without `columns`, agents see the whole
-    state: O = S + N. With `columns` (N, W), as MaMuJoCoVecEnv has them, they see those: O = W + N, and 0 where a column
-    is -1, which fills up the shorter rows.
+    (..., S) -> (..., N, O), on the state's device, in `dtype` or the state's. Without `columns`, agents see the whole
+    state: O = S + N. With MaMuJoCoVecEnv's `columns` (N, W), agent i sees those in row i: O = W + N. Entries of -1 pad
+    the shorter rows and are observed as 0.
     """
     new_zeros = np.zeros if isinstance(state, np.ndarray) else state.new_zeros
     width = state.shape[-1] if columns is None else columns.shape[-1]
     total = width + num_agents
     obs = new_zeros((*state.shape[:-1], num_agents, total), dtype=dtype or state.dtype)
     if columns is None:
-        # all ids hold a single 1, so that mean and std are the same for all agents and are computed once
-        first = new_zeros((*state.shape[:-1], total), dtype=state.dtype)  # agent 0's vector: the others' hold the same
-        first[..., :width], first[..., width] = state, 1.0  # numbers in another order
+        # each agent's vector holds the same numbers in another order, so standardise agent 0's and take all from it
+        first = new_zeros((*state.shape[:-1], total), dtype=state.dtype)
+        first[..., :width], first[..., width] = state, 1.0
         first = standardise(first)
         obs[..., :width] = first[..., None, :width]
         obs[..., width:] = first[..., None, -1:]
-        # flattened over agents, the ones of the ids stand total + 1 apart
+        # in the agents' vectors end to end, the ids' ones are total + 1 apart
         obs.reshape(*state.shape[:-1], num_agents * total)[..., width :: total + 1] = first[..., width : width + 1]
         return obs
     seen = new_zeros((num_agents, total), dtype=state.dtype) + 1.0
@@ -668,50 +652,57 @@ def agent_observations(state, num_agents, dtype=None, columns=None):
 
 
 # ---- The vector environment ----
-HUGE = 1e10  # mjMAXVAL, from which on MuJoCo takes a simulation for unstable
+def usable_cpus():
+    """The number of CPUs that this process may use: a job on a cluster often gets only some of the machine's."""
+    if hasattr(os, "process_cpu_count"):  # from Python 3.13 on
+        return os.process_cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+HUGE = 1e10  # mjMAXVAL: MuJoCo calls a simulation with larger values unstable
 
 
 class MaMuJoCoVecEnv(VectorEnv):
-    """`num_envs` copies of one multi-agent task; the module's docstring says what they return.
+    """`num_envs` copies of one multi-agent task. The module's docstring says what reset and step return.
 
     Args:
       env_id: a robot and its partition, as "Ant-v2-4x2", "Humanoid-v2-9|8", "manyagent_swimmer-10x2"
-      num_envs: E
-      seed: of the reset noise; a later reset(seed=...) replaces it
-      num_threads: threads to step on, 0 for one per CPU
-      episode_limit: steps after which an episode is truncated
-      agent_obsk: None: agents see the full state; K: their own joints, the positions of joints at up to K steps in the
-        joint graph, and the root, as MaMuJoCo's agent_obsk (Task.observed says exactly what)
-    Raises ValueError for an unknown id or an impossible number, naming it.
+      num_envs, seed: E; the seed of the resets' noise, until reset(seed=...) replaces it
+      num_threads: threads that step the environments; 0: one per CPU that this process may use
+      episode_limit: steps after which an episode is truncated; None: the task's limit, 1000 for most tasks
+      agent_obsk: None: agents see the full state; K: they see their own joints, the positions of joints up to K steps
+        away in the joint graph, and the root, as with MaMuJoCo's agent_obsk (Task.observed has the details)
+    Raises EnvError for an unknown id or an impossible number.
 
     Attributes:
-      num_agents: N; state_size: S; state: (E, S) float64, the current one
-      columns: None, or with agent_obsk (N, W) int: the columns of the state that each agent sees, rows filled up by -1
-      single_action_space: Box (N, act): the controls' bounds; agents with fewer joints than the others are padded
-        with actions that go nowhere, whose bounds are 0
+      num_agents: N; state_size: S; state: the current state (E, S) float64; episode_limit: int
+      columns: None or, with agent_obsk, (N, W) int: the columns of the state that each agent sees, padded with -1
+      single_action_space: Box (N, act) with the bounds of the controls. Agents with fewer joints than others have
+        extra actions that do nothing, with bounds of 0
     """
 
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
 
-    def __init__(self, env_id, num_envs, seed=0, num_threads=0, episode_limit=1000, agent_obsk=None):
+    def __init__(self, env_id, num_envs, seed=0, num_threads=0, episode_limit=None, agent_obsk=None):
         super().__init__()
         task, segments, agents = parse_env_id(env_id)
+        episode_limit = task.episode_limit if episode_limit is None else episode_limit
         limits = (("num_envs", num_envs, 1), ("num_threads", num_threads, 0), ("episode_limit", episode_limit, 1))
         limits += () if agent_obsk is None else (("agent_obsk", agent_obsk, 0),)
         for name, value, least in limits:
-            if not isinstance(value, int | np.integer) or value < least:
-                raise ValueError(f"{name} is {value!r}, expected an integer of at least {least}")
+            if not isinstance(value, int | np.integer) or not least <= value < 2**31:
+                raise EnvError(f"{name} is {value!r}, expected an integer of at least {least} and below {2**31}")
         self.env_id, self.num_envs, self.num_agents, self.episode_limit = env_id, num_envs, len(agents), episode_limit
         self.task = task(segments)
         model = self.task.model
-        self.batch = Batch(model, num_envs, min(num_threads or os.cpu_count(), num_envs), self.task.measured)
+        self.batch = Batch(model, num_envs, min(num_threads or usable_cpus(), num_envs), self.task.measured)
         self.task.bind(self.batch)
         self._ctrl = self.batch.bind("ctrl")
-        self._blank = self.batch.state[0].copy()  # a row of the batch as MuJoCo starts it
-        bad = slice(mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADQACC + 1)  # QVEL is between them
-        self._unstable_warnings = self.batch.warning[:, bad, 1]  # how often
+        self._blank = self.batch.state[0].copy()  # MuJoCo's initial state
+        bad = slice(mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADQACC + 1)  # and QVEL between them
+        self._unstable_warnings = self.batch.warning[:, bad, 1]  # counts
 
-        # actuator j takes number _gather[j] of the agents' actions laid end to end
+        # actuator j takes element _gather[j] of the agents' concatenated actions
         width = max(len(joints) for joints in agents)
         actuator_of = {int(joint): j for j, joint in enumerate(model.actuator_trnid[:, 0])}
         self._gather = np.full(model.nu, -1)
@@ -731,7 +722,7 @@ class MaMuJoCoVecEnv(VectorEnv):
         self._seed(seed)
         self._returns, self._lengths, self._num_unstable = np.zeros(num_envs), np.zeros(num_envs, int), 0
         self.state = self._start(np.arange(num_envs))
-        self._seed(seed)  # so that the first reset() starts where reset(seed=seed) does
+        self._seed(seed)  # again: the first reset() must start as reset(seed=seed) does
         self.state_size = self.state.shape[1]
         self.single_action_space = Box(*bounds)
         self.action_space = Box(*np.repeat(bounds[:, None], num_envs, axis=1))
@@ -740,48 +731,53 @@ class MaMuJoCoVecEnv(VectorEnv):
 
     def _seed(self, seed):
         if not isinstance(seed, int | np.integer) or seed < 0:
-            raise ValueError(f"seed is {seed!r}, expected an integer of at least 0")
+            raise EnvError(f"seed is {seed!r}, expected an integer of at least 0")
         self._rngs = [np.random.default_rng([seed, i]) for i in range(self.num_envs)]
 
     def _observe(self, state):
         return agent_observations(state, self.num_agents, np.float32, self.columns)
 
     def _start(self, ids):
-        """Begin an episode in environments `ids`; return their states (len(ids), S)."""
-        self.batch.state[ids] = self._blank  # as mj_resetData
+        """Begin new episodes in environments `ids`. Returns their states (len(ids), S)."""
+        self.batch.state[ids] = self._blank  # what mj_resetData does
         for i in ids:
             self.task.qpos[i], self.task.qvel[i] = self.task.sample(self._rngs[i])
         if self.task.derived:
             self.batch.forward(ids)
         if self.task.measured:
-            self.task.forces[ids] = 0.0  # until the first step, as in Gymnasium
+            self.task.forces[ids] = 0.0  # as in Gymnasium, until the first step
         self._returns[ids] = self._lengths[ids] = 0
         self._position = self.task.position()
         return self.task.state()[ids]
 
     def reset(self, *, seed=None, options=None):
-        """Start all environments afresh, from the seed if there is one: obs (E, N, obs) and infos["state"]."""
+        """Start new episodes everywhere, from `seed` if given. Returns obs (E, N, O) and {"state": (E, S)}."""
         if seed is not None:
             self._seed(seed)
         self.state = self._start(np.arange(self.num_envs))
         return self._observe(self.state), {"state": self.state}
 
-    def _check(self, actions):
-        """Refuse actions of a wrong shape or not finite, before anything is stepped."""
+    def close_extras(self):
+        """End the pool's threads: drop the batch and all views of it, since each view keeps the threads alive."""
+
+        def closed(*_, **__):
+            raise ClosedEnvironmentError(f"{self.env_id}: expected no more calls after close()")
+
+        self.batch = self.task = self._ctrl = self._unstable_warnings = None
+        self.step = self.reset = self.get_state = self.set_state = closed
+
+    def step(self, actions):
+        """Step all environments with actions (E, N, act). The module's docstring says what this returns.
+
+        Raises ValueError, before it steps anything, if actions have a wrong shape or are not finite.
+        """
+        actions = np.asarray(actions)
         if actions.shape != self.action_space.shape:
             raise ValueError(f"actions have shape {actions.shape}, expected {self.action_space.shape}: (E, N, act)")
         if np.count_nonzero(np.isfinite(actions)) < actions.size:
             env, agent, k = np.argwhere(~np.isfinite(actions))[0]
             value = actions[env, agent, k]
             raise ValueError(f"action {k} of agent {agent} in environment {env} is {value}, expected a finite number")
-
-    def step(self, actions):
-        """Step all environments with actions (E, N, act); the module's docstring says what comes back.
-
-        ValueError for a wrong shape and for actions that are not finite: then nothing is stepped.
-        """
-        actions = np.asarray(actions)
-        self._check(actions)
         task, before, ctrl = self.task, self._position, self._ctrl
         ctrl[...] = actions.reshape(self.num_envs, -1).take(self._gather, axis=1)
         failed = False
@@ -794,7 +790,7 @@ class MaMuJoCoVecEnv(VectorEnv):
         state, after = task.state(), task.position()
         terminated = task.unhealthy()
         reward = task.reward(before, after, ctrl, terminated)
-        # MuJoCo looks for huge values before each simulation step, so after the last one we do, in one sum
+        # MuJoCo checks for huge values before each simulation step. After the last one we check, in a single sum
         sound = np.vdot(state, state) + np.vdot(reward, reward) < HUGE**2
         if failed or not sound or np.count_nonzero(self._unstable_warnings):
             self._end_unstable(state, reward, terminated)
@@ -808,7 +804,7 @@ class MaMuJoCoVecEnv(VectorEnv):
             infos |= {"episode": {"r": self._returns.copy(), "l": self._lengths.copy()}, "_episode": done}
             ids = done.nonzero()[0]
             started = self._start(ids)
-            # one call for final and first observations: on few numbers, calls cost more than what they compute
+            # one call for final and first observations: with few numbers, a call itself takes most of the time
             observations = self._observe(np.concatenate([state, started]))
             infos["final_obs"] = observations[: self.num_envs]
             obs, state = infos["final_obs"].copy(), state.copy()
@@ -819,32 +815,36 @@ class MaMuJoCoVecEnv(VectorEnv):
         return obs, reward, terminated, truncated, infos
 
     def _end_unstable(self, state, reward, terminated):
-        """End unstable episodes: reward 0, terminated, and in the place of the state the last good one."""
+        """End unstable episodes, in place: reward 0, terminated, and the last good state."""
         bad = self._unstable_warnings.any(axis=1) | (self.batch.status != 0)
-        bad |= ~((np.abs(state) < HUGE).all(axis=1) & (np.abs(reward) < HUGE))  # NaN is not less
+        bad |= ~((np.abs(state) < HUGE).all(axis=1) & (np.abs(reward) < HUGE))  # False for NaN, too
         state[bad], reward[bad], terminated[bad] = self.state[bad], 0.0, True
         self.batch.warning[bad] = 0
         if not self._num_unstable and bad.any():
             which = np.flatnonzero(bad).tolist()
-            warnings.warn(f"{self.env_id}: unstable simulation in environments {which}; episodes ended", stacklevel=3)
+            warnings.warn(f"{self.env_id}: unstable simulation in environments {which}, episodes ended", stacklevel=3)
         self._num_unstable += int(bad.sum())
 
     def get_state(self):
-        """All that the next steps depend on, randomness included, as arrays and plain values of its own."""
+        """A dict of copies of all that later steps depend on, random states included: arrays and plain values."""
         arrays = {"physics": self.batch.state, "state": self.state, "position": self._position}
         arrays |= {"returns": self._returns, "lengths": self._lengths}
-        saved = {name: array.copy() for name, array in arrays.items()}
-        saved["rngs"] = [rng.bit_generator.state for rng in self._rngs]
-        return saved | {"env_id": self.env_id, "unstable": self._num_unstable}
+        plain = {"env_id": self.env_id, "unstable": self._num_unstable}
+        plain["rngs"] = [rng.bit_generator.state for rng in self._rngs]
+        return {name: array.copy() for name, array in arrays.items()} | plain
 
     def set_state(self, saved):
-        """Continue from what get_state returned. ValueError if that was of another env id or num_envs."""
+        """Continue from what get_state returned. Raises ValueError for a state of another env id or num_envs."""
         theirs, ours = (saved["env_id"], len(saved["physics"])), (self.env_id, self.num_envs)
         if theirs != ours:
-            raise ValueError(f"the state is of {theirs[1]} x {theirs[0]}, expected {ours[1]} x {ours[0]}")
+            raise ValueError(f"the state is from {theirs[1]} x {theirs[0]}, expected {ours[1]} x {ours[0]}")
         self.batch.state[:] = saved["physics"]
         self.state, self._position = saved["state"].copy(), saved["position"].copy()
         self._returns[:], self._lengths[:] = saved["returns"], saved["lengths"]
         self._num_unstable = saved["unstable"]
         for rng, state in zip(self._rngs, saved["rngs"], strict=True):
             rng.bit_generator.state = state
+
+
+if __name__ == "__main__":
+    print(*ENV_IDS, "manyagent_* also in other sizes NxM: N agents of M segments each", sep="\n")

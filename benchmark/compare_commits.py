@@ -23,6 +23,9 @@ import torch
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from mamujoco_env import usable_cpus  # noqa: E402
 
 
 @dataclasses.dataclass
@@ -33,7 +36,7 @@ class Options:
     """tasks whose sizes and tuned values are used"""
     scripts: tuple[Literal["matd3", "mappo"], ...] = ("matd3", "mappo")
     """which scripts to measure"""
-    threads: int = os.cpu_count()
+    threads: int = usable_cpus()
     """threads for the products and for the physics"""
     rounds: int = 3
     """how often all versions take their turn"""

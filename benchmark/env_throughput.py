@@ -49,7 +49,7 @@ except ImportError:
     envpool = None
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from mamujoco_env import MaMuJoCoVecEnv  # noqa: E402, the path comes first
+from mamujoco_env import MaMuJoCoVecEnv, usable_cpus  # noqa: E402, the path comes first
 
 
 @dataclass
@@ -218,7 +218,7 @@ def machine():
             cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
     modules = [mujoco, np, gymnasium] + ([envpool] if envpool else [])
     versions = ", ".join(f"{module.__name__} {module.__version__}" for module in modules)
-    return f"{cpu}, {os.cpu_count()} cores, {versions}"
+    return f"{cpu}, {usable_cpus()} cores, {versions}"
 
 
 def main(args):

@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import kalei_mappo_mamujoco as mappo  # noqa: E402
 import kalei_matd3_mamujoco as matd3  # noqa: E402
 from experiment.hardware import keep_freed_memory  # noqa: E402
+from mamujoco_env import usable_cpus  # noqa: E402
 
 PARTS = ("acting", "physics", "copying", "updates")
 
@@ -48,7 +49,7 @@ class Options:
     """which ways of sharing to measure"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where networks, storage and updates live; auto takes the GPU if there is one"""
-    threads: int = os.cpu_count()
+    threads: int = usable_cpus()
     """threads for the products and for the physics"""
     modes: tuple[Literal["eager", "graph", "compiled", "compiled graph"], ...] = ()
     """what of --cudagraph and --compile the runs use; by default eager, and with a GPU also graphs"""
@@ -184,7 +185,7 @@ def on_gpu(options):
 def machine(options):
     device = torch.cuda.get_device_name() if on_gpu(options) else "no GPU"
     cpu = platform.processor() or platform.machine()
-    return f"{device}, {cpu} with {os.cpu_count()} cores, {options.threads} threads, torch {torch.__version__}"
+    return f"{device}, {cpu} with {usable_cpus()} cores, {options.threads} threads, torch {torch.__version__}"
 
 
 def main():

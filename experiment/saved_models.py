@@ -35,14 +35,16 @@ def load_actor(path, env_id, device, actor_class, args_class):
 def evaluate_model(args, device, actor_class, make_env, evaluate):
     """Print mean and standard deviation of the returns of the model in args.evaluate; film or show an episode."""
     actor, trained = load_actor(args.evaluate, args.env_id, device, actor_class, type(args))
+    trained.num_threads = args.num_threads
+    envs = make_env(trained, args.seed, args.eval_episodes)
+    if trained.episode_limit is None:
+        trained.episode_limit = envs.episode_limit  # the task's
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
     for name in ("sharing", "episode_limit", "agent_obsk", "hidden_size"):
         asked, known = getattr(args, name), getattr(trained, name)
         if asked not in (defaults[name], known):
             flag = f"--{name.replace('_', '-')}"
             fail(f"{flag} is {asked}, expected {known} beside --evaluate {args.evaluate}: so the model was trained")
-    trained.num_threads = args.num_threads
-    envs = make_env(trained, args.seed, args.eval_episodes)
     viewer = open_viewer(args, envs)
     returns, lengths = evaluate(actor, envs, args.seed, viewer)
     result = f"return {returns.mean():.1f} +- {returns.std():.1f} (std), length {lengths.mean():.0f}"

@@ -2,19 +2,38 @@
 
 import copy
 import math
+import os
+import signal
+import subprocess
+import sys
 import warnings
+from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium
 import mujoco
 import numpy as np
 import pytest
 import torch
+from gymnasium.error import ClosedEnvironmentError
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium_robotics import mamujoco_v1
 from mujoco.batch import SimulationError
 
-from mamujoco_env import MaMuJoCoVecEnv, agent_observations, parse_env_id, standardise
+import kalei_mappo_mamujoco
+import kalei_matd3_mamujoco
+from experiment.saved_models import evaluate_model, save_model
+from mamujoco_env import (
+    ENV_IDS,
+    EnvError,
+    MaMuJoCoVecEnv,
+    agent_observations,
+    critic_state,
+    parse_env_id,
+    usable_cpus,
+)
 
+SCRIPTS = (kalei_matd3_mamujoco, kalei_mappo_mamujoco)
 pytestmark = pytest.mark.filterwarnings("ignore:.*v4 is out of date.*:DeprecationWarning")
 
 
@@ -523,7 +542,7 @@ def standardised(vector):
 @pytest.mark.parametrize("leading", [(), (5,), (2, 3)])
 def test_observations_are_the_standardised_state_and_id(library, leading):
     state = np.random.default_rng(0).normal(3, 20, (*leading, 11))
-    obs, view = agent_observations(library(state), 4), standardise(library(state))
+    obs, view = agent_observations(library(state), 4), critic_state(library(state))
     assert obs.shape == (*leading, 4, 15) and obs.dtype == library(state).dtype
     assert view.shape == state.shape
     for index in np.ndindex(leading):
@@ -548,7 +567,7 @@ def test_observations_take_a_dtype():
 def test_a_constant_state_becomes_zeros(library):
     for value in (0.0, 0.5, -3.0):
         constant = library(np.full((2, 8), value))
-        assert np.array_equal(standardise(constant), np.zeros((2, 8)))
+        assert np.array_equal(critic_state(constant), np.zeros((2, 8)))
         assert np.isfinite(np.asarray(agent_observations(constant, 3))).all()
 
 
@@ -646,6 +665,20 @@ def test_partial_observations_are_standardised_and_filled_up(library):
         assert np.allclose(obs[place][1], [vector[0], 0, 0, vector[1], vector[2]], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("env_id", ["Ant-v2-8x1", "manyagent_swimmer-3x2", "Reacher-v2-2x1"])
+def test_a_distance_beyond_the_robot_ends_at_once(env_id):
+    def too_long(*_):
+        raise TimeoutError
+
+    furthest, before = MaMuJoCoVecEnv(env_id, 1, agent_obsk=20), signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(20)
+    try:
+        assert np.array_equal(MaMuJoCoVecEnv(env_id, 1, agent_obsk=1_000_000_000).columns, furthest.columns)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 # ---- What step returns ----
 def test_is_a_gymnasium_vector_environment():
     envs = MaMuJoCoVecEnv("Hopper-v2-3x1", 3)
@@ -707,6 +740,41 @@ def test_reset_begins_new_episodes():
     run = rollout(envs, random_actions(envs, 10))
     assert not run["truncated"][:9].any() and run["truncated"][9].all()
     assert np.allclose(run["r"][9], run["reward"].sum(axis=0))
+
+
+@pytest.mark.parametrize(
+    ("env_id", "limit"),
+    [("Reacher-v2-2x1", 50), ("Reacher-v5-2x1", 50), ("Pusher-v5-3p", 100), ("Swimmer-v2-2x1", 1000)],
+)
+def test_an_episode_is_as_long_as_gymnasiums(env_id, limit):
+    task, version, _ = env_id.split("-")
+    assert gymnasium.spec(f"{task}-{version.replace('v2', 'v4')}").max_episode_steps == limit
+    envs = MaMuJoCoVecEnv(env_id, 1)
+    actions = np.zeros((limit, *envs.action_space.shape))
+    assert rollout(envs, actions)["truncated"][:, 0].nonzero()[0].tolist() == [limit - 1]
+    assert envs.episode_limit == limit
+    shorter = rollout(MaMuJoCoVecEnv(env_id, 1, episode_limit=7), actions[:7])
+    assert shorter["truncated"][:, 0].nonzero()[0].tolist() == [6]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(("trained", "length"), [(1000, 1000), (None, 50)])
+def test_a_model_is_evaluated_with_its_own_limit(script, trained, length, tmp_path, capsys):
+    """Models that were saved when all tasks had a limit of 1000 hold this number."""
+    env_id, device = "Reacher-v2-2x1", torch.device("cpu")
+    args = script.Args(env_id=env_id, hidden_size=8, eval_episodes=1, num_threads=1, episode_limit=trained)
+    envs = script.make_env(args, 1, 1)
+    actor = script.Actor(envs.single_observation_space.shape[-1], *envs.action_space.low, *envs.action_space.high, args)
+    save_model(tmp_path, SimpleNamespace(actor=actor, critic=actor, args=args), 0)
+    flags = dict(evaluate=str(tmp_path / "model.pt"), eval_episodes=1, num_threads=1, hidden_size=8)
+    for asked in (None, length):
+        args = script.Args(**flags, episode_limit=asked)
+        evaluate_model(args, device, script.Actor, script.make_env, script.evaluate)
+        assert f"length {length}," in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        args = script.Args(**flags, episode_limit=60)
+        evaluate_model(args, device, script.Actor, script.make_env, script.evaluate)
+    assert f"--episode-limit is 60, expected {length} beside --evaluate" in capsys.readouterr().err
 
 
 def test_returned_arrays_are_not_written_to_again():
@@ -794,18 +862,65 @@ def test_a_state_of_another_environment_is_refused():
     assert all(map(np.array_equal, leaves(envs.get_state()), leaves(before)))
 
 
+# ---- Threads ----
+def test_the_pool_takes_the_cpus_that_the_process_may_use(monkeypatch):
+    """Not the machine's: a job on a cluster is often bound to some of them."""
+    monkeypatch.delattr(os, "process_cpu_count", raising=False)  # of Python 3.13
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5, 8}, raising=False)
+    assert usable_cpus() == 3
+    assert [MaMuJoCoVecEnv("Hopper-v2-3x1", 8, num_threads=n).batch.nthread for n in (0, 1, 5)] == [3, 1, 5]
+    monkeypatch.delattr(os, "sched_getaffinity")  # macOS and Windows have none
+    assert usable_cpus() == 64
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert usable_cpus() == 1
+    monkeypatch.setattr(os, "process_cpu_count", lambda: 2, raising=False)
+    assert usable_cpus() == 2
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads as Linux lists them")
+@pytest.mark.parametrize("env_id", ["Hopper-v2-3x1", "Ant-v5-4x2", "Reacher-v2-2x1"])
+def test_close_ends_the_threads(env_id):
+    def count():
+        return len(os.listdir("/proc/self/task"))
+
+    before = count()
+    envs = MaMuJoCoVecEnv(env_id, 8, num_threads=4)
+    saved = envs.get_state()
+    obs, infos = envs.reset()
+    kept = envs.step(np.zeros(envs.action_space.shape))
+    assert count() == before + 3  # and the one that calls
+    envs.close()
+    envs.close()
+    assert count() == before and envs.closed
+    assert all(np.isfinite(array).all() for array in (obs, infos["state"], kept[0], saved["physics"]))
+    actions = np.zeros(envs.action_space.shape)
+    for call in (lambda: envs.step(actions), envs.reset, envs.get_state, lambda: envs.set_state(saved)):
+        with pytest.raises(ClosedEnvironmentError, match=f"{env_id}: expected no more calls after close"):
+            call()
+
+
 # ---- Bad input ----
 @pytest.mark.parametrize(
     ("env_id", "message"),
     [
-        ("Ant", "unknown env id 'Ant'"),
-        ("Ant-v2", "unknown env id 'Ant-v2'"),
-        ("Ant-v4-4x2", "unknown env id 'Ant-v4-4x2'"),
-        ("", "unknown env id"),
+        ("Ant", "unknown env id 'Ant', expected one such as Ant-v2-2x4, Ant-v2-4x2, Ant-v2-8x1;"),
+        ("Ant-v2", "unknown env id 'Ant-v2', expected one such as Ant-v2-2x4, Ant-v2-4x2"),
+        ("Ant-v4", "unknown env id 'Ant-v4', expected one such as Ant-v2-2x4, Ant-v2-4x2"),
+        ("Ant-v4-4x2", "unknown env id 'Ant-v4-4x2', expected one such as Ant-v2-4x2, Ant-v5-4x2;"),
+        ("ant-V2-4x2", "unknown env id 'ant-V2-4x2', expected one such as Ant-v2-4x2, Ant-v5-4x2;"),
+        ("HalfCheetah-v2", "such as HalfCheetah-v2-2x3, HalfCheetah-v2-3x2, HalfCheetah-v2-6x1;"),
+        ("Walker2d-v4", "such as Walker2d-v2-2x3, Walker2d-v2-3x2, Walker2d-v2-6x1;"),
+        ("Pusher-v4", "unknown env id 'Pusher-v4', expected one such as Pusher-v5-3p;"),
+        ("manyagent_swimmer", "unknown env id 'manyagent_swimmer', expected one such as manyagent_swimmer-10x2;"),
+        ("manyagent_ant", "unknown env id 'manyagent_ant', expected one such as manyagent_ant-2x3;"),
+        ("coupled_half_cheetah", "expected one such as coupled_half_cheetah-1p1;"),
+        ("foo", "unknown env id 'foo'; `python mamujoco_env.py` prints all"),
+        ("", "unknown env id ''; `python mamujoco_env.py` prints all"),
         ("Ant-v2-3x3", "unknown partition '3x3'.*2x4d"),
         ("Ant-v2-", "unknown partition ''"),
         ("Humanoid-v2-8|9", "unknown partition"),
-        ("manyagent_swimmer-10", "unknown partition '10'"),
+        ("manyagent_swimmer-10", "unknown partition '10'.*such as 10x2"),
         ("manyagent_swimmer-0x2", "unknown partition '0x2'"),
         ("manyagent_ant-2x0", "unknown partition '2x0'"),
         ("manyagent_ant-2x3x4", "unknown partition '2x3x4'"),
@@ -813,8 +928,37 @@ def test_a_state_of_another_environment_is_refused():
     ],
 )
 def test_unknown_ids_are_refused(env_id, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(EnvError, match=message) as refusal:
         MaMuJoCoVecEnv(env_id, 1)
+    said = str(refusal.value)
+    assert len(said) < 200 and ("unknown partition" in said or said.endswith("`python mamujoco_env.py` prints all"))
+
+
+def test_the_module_prints_all_env_ids():
+    module = Path(kalei_matd3_mamujoco.__file__).with_name("mamujoco_env.py")
+    done = subprocess.run([sys.executable, module], capture_output=True, text=True, check=True)
+    *printed, hint = done.stdout.splitlines()
+    assert printed == ENV_IDS and set(printed) >= {env_id for env_id in OWNERS if "manyagent" not in env_id}
+    assert hint.startswith("manyagent_*") and "NxM" in hint
+    for env_id in printed:
+        MaMuJoCoVecEnv(env_id, 1, num_threads=1).close()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_only_wrong_flags_become_one_line(script, monkeypatch, capsys):
+    """Somebody else's environment may break in any way: its traceback must reach the user."""
+    for wrong in (dict(env_id="Ant"), dict(env_id="Hopper-v2-3x1", episode_limit=0), dict(env_id="Ant-v2-3x3")):
+        with pytest.raises(SystemExit) as stop:
+            script.make_env(script.Args(**wrong), 1, 1)
+        assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+
+    class Broken:
+        def __init__(self, *_):
+            np.zeros(3) + np.zeros(4)
+
+    monkeypatch.setattr(script, "MaMuJoCoVecEnv", Broken)
+    with pytest.raises(ValueError, match="broadcast"):
+        script.make_env(script.Args(env_id="Hopper-v2-3x1"), 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -822,10 +966,11 @@ def test_unknown_ids_are_refused(env_id, message):
     [
         *(("num_envs", 0), ("num_envs", -1), ("num_envs", 2.5), ("num_threads", -1)),
         *(("seed", -1), ("seed", None), ("episode_limit", 0), ("episode_limit", math.nan), ("agent_obsk", -1)),
+        ("num_envs", 10**12),
     ],
 )
 def test_impossible_numbers_are_refused(name, value):
-    with pytest.raises(ValueError, match=f"{name} is {value}, expected an integer"):
+    with pytest.raises(EnvError, match=f"{name} is {value}, expected an integer"):
         MaMuJoCoVecEnv("Hopper-v2-3x1", **{"num_envs": 1, name: value})
 
 

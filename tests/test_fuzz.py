@@ -24,8 +24,8 @@ from run_scripts import SignalInBlock
 
 import kalei_mappo_mamujoco
 import kalei_matd3_mamujoco
+import mamujoco_env
 from experiment import checkpoints
-from mamujoco_env import TASKS, partitions_of
 
 SCRIPTS = {"matd3": kalei_matd3_mamujoco, "mappo": kalei_mappo_mamujoco}
 # a run of few updates, to be stopped early, with a checkpoint of 60 to 70 kB
@@ -149,9 +149,7 @@ WORDS += [
     "mean",
     "agent",
 ]
-GOOD_IDS = [
-    f"{task}-{partition}" for task, kind in TASKS.items() for partition in partitions_of(kind) or ["3x2", "10x2"]
-]
+GOOD_IDS = [*mamujoco_env.ENV_IDS, "manyagent_swimmer-3x2", "manyagent_ant-10x2"]
 ENV_IDS = "Ant-v2-4x3 ant-v2-4x2 Ant-v2 Ant -Ant-v2-4x2 Ant-v2- Ant-v2-4x2- Ant-v3-4x2 Ant-v2-4X2 Ant-v2-4x2d"
 ENV_IDS += " Humanoid-v2-9|8|7 Humanoid-v2-9 manyagent_ant manyagent_ant-99999x99999 manyagent_ant-100x1"
 ENV_IDS += " manyagent_swimmer--1x2 manyagent_swimmer-2"

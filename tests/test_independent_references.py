@@ -422,7 +422,7 @@ def test_matd3s_values_are_those_of_the_released_configurations(env_id, n_step, 
     released |= dict(actor_threshold_scale=5.0, actor_threshold_bias=5.0, actor_diversity_coef=0.1)
     released |= dict(critic_threshold_scale=20.0, critic_threshold_bias=0.0, critic_diversity_coef=0.1)
     released |= dict(actor_reset_interval=1_000_000, actor_reset_ratio=0.5, critic_reset_interval=800_000)
-    released |= dict(num_envs=10, train_interval=50, updates_per_round=50, warmup_steps=10_000, episode_limit=1000)
+    released |= dict(num_envs=10, train_interval=50, updates_per_round=50, warmup_steps=10_000, episode_limit=None)
     released |= dict(total_timesteps=10_000_000, eval_interval=100_000, eval_episodes=40, weighted_diversity=True)
     assert {name: getattr(args, name) for name in released} == released
 
@@ -445,5 +445,5 @@ def test_mappos_values_are_those_of_harls_configurations(
     tuned = dict(rollout_steps=episode_length, num_epochs=ppo_epoch, num_minibatches=num_mini_batch, clip=clip_param)
     tuned |= dict(entropy_coef=entropy_coef, lr=lr, lr_schedule=schedule, gamma=0.99, gae_lambda=0.95, huber_delta=10.0)
     tuned |= dict(max_grad_norm=10.0, hidden_size=128, output_gain=0.01, num_envs=20, total_timesteps=10_000_000)
-    tuned |= dict(episode_limit=1000, eval_interval=100_000, eval_episodes=40, value_norm_beta=0.99999)
+    tuned |= dict(episode_limit=None, eval_interval=100_000, eval_episodes=40, value_norm_beta=0.99999)
     assert {name: getattr(args, name) for name in tuned} == tuned

@@ -108,7 +108,7 @@ def test_prepare_bootstraps_from_the_next_state_of_each_step(make_learner, make_
     with torch.no_grad():
         layers = critic.effective_layers()
         values, next_values = (
-            critic(script.standardise(states).flatten(0, 1), layers)[0, :, 0] * std + mean
+            critic(script.critic_state(states).flatten(0, 1), layers)[0, :, 0] * std + mean
             for states in (rollout.state, rollout.next_state)
         )
     ends = (rollout.terminated, rollout.truncated, 0.99, 0.95)
@@ -129,7 +129,7 @@ def test_prepare_lays_out_steps_of_agents_in_one_order(make_learner, make_rollou
         row = step * 4 + env
         obs = script.agent_observations(rollout.state[step, env], AGENTS)
         torch.testing.assert_close(batch.obs[:, row], obs)
-        torch.testing.assert_close(batch.state[row], script.standardise(rollout.state[step, env]))
+        torch.testing.assert_close(batch.state[row], script.critic_state(rollout.state[step, env]))
         assert torch.equal(batch.actions[:, row], rollout.actions[step, env])
 
 
@@ -316,7 +316,7 @@ def test_forward_pass_equals_one_network_after_the_other(sharing, make_learner):
 def test_observations_are_what_a_layer_norm_would_make_of_them():
     """So that the networks leave it out."""
     state = torch.randn(20, STATE, dtype=torch.float64) * 7 + 3
-    for x in (script.standardise(state), script.agent_observations(state, AGENTS)):
+    for x in (script.critic_state(state), script.agent_observations(state, AGENTS)):
         torch.testing.assert_close(F.layer_norm(x, x.shape[-1:]), x, rtol=1e-5, atol=0)
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import kalei_matd3_mamujoco as script
-from mamujoco_env import agent_observations, standardise
+from mamujoco_env import agent_observations, critic_state
 
 GAMMA, N_STEP, ENVS, ROWS, SIZE = 0.9, 4, 3, 11, 5
 
@@ -89,14 +89,14 @@ def test_samples_hold_what_the_networks_see(columns):
     actions = np.concatenate([step[1] for step in stored]).astype(np.float32)
     for i in range(50):
         slot = int(np.flatnonzero((actions == batch.actions[i].numpy()).all((1, 2)))[0])
-        np.testing.assert_allclose(batch.state[i], standardise(states[slot]), atol=1e-5)
+        np.testing.assert_allclose(batch.state[i], critic_state(states[slot]), atol=1e-5)
         seen = agent_observations(states[slot], 2, columns=columns)
         np.testing.assert_allclose(batch.obs[i], seen, atol=1e-5)
         t, env = divmod(slot, ENVS)
         reward, discount, next_state, terminated = plain_n_step(stored, t, env)
         np.testing.assert_allclose(batch.reward[i], reward, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(batch.discount[i], discount, rtol=1e-6)
-        np.testing.assert_allclose(batch.next_state[i], standardise(np.float32(next_state)), atol=1e-5)
+        np.testing.assert_allclose(batch.next_state[i], critic_state(np.float32(next_state)), atol=1e-5)
         seen = agent_observations(np.float32(next_state), 2, columns=columns)
         np.testing.assert_allclose(batch.next_obs[i], seen, atol=1e-5)
         assert bool(batch.terminated[i]) == terminated
