@@ -24,7 +24,7 @@ from mujoco.rendering.classic import gl_context
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 
-from experiment.agent_colours import agent_colour
+from experiment.agent_colours import NUM_COLOURS, agent_colour
 from experiment.command_line import fail, warn
 from mamujoco_env import parse_env_id
 
@@ -34,7 +34,7 @@ MIN_SECONDS = 0.05  # between two frames
 SMOOTH_SECONDS = 2.0  # the camera follows the robot's mean position over this time, so it does not bob with the robot
 SHADES = np.linspace(0.4, 1.0, 6)  # of each colour in a GIF; fewer make it smaller
 FIELD_OF_VIEW = 25.0  # degrees, from the picture's top to its bottom
-FLOOR, TILE, TORSO, OBJECT = 0.92, 0.84, 0.45, 0.15  # greys: 0 is black, 1 is white
+FLOOR, TILE, ROBOT, OBJECT = 0.92, 0.84, 0.45, 0.15  # greys: 0 is black, 1 is white
 
 
 # ---- The robot in the colours of its agents ----
@@ -53,40 +53,43 @@ def agents_of_bodies(envs):
 def coloured_model(envs):
     """A copy of the task's model, coloured by agent, with even light and a floor without end.
 
-    Returns (model, roots, bands): the bodies (R,) on which the agents' robots hang, and {geom: agents} of the geoms
-    that several agents move; the model shows them in the first agent's colour.
+    Returns (model, roots, bands, camera): `roots` (R,) are the bodies on which the agents' robots hang; `bands`
+    {geom: agents} are the geoms that several agents move, which the model shows in the first one's colour.
     """
     model, agents, bands = copy.copy(envs.task.model), agents_of_bodies(envs), {}
     roots = np.unique([model.body_rootid[body] for body in range(model.nbody) if agents[body]])
     model.geom_matid[:] = -1  # no textures
     for geom, body in enumerate(model.geom_bodyid):
-        grey = TORSO if body == 0 or model.body_rootid[body] in roots else OBJECT
+        grey = ROBOT if body == 0 or model.body_rootid[body] in roots else OBJECT
         model.geom_rgba[geom] = *(agent_colour(agents[body][0]) if agents[body] else (grey,) * 3), 1.0
         if len(agents[body]) > 1:
             bands[geom] = agents[body]
-    floor = (model.geom_bodyid == 0) & (model.geom_type == mujoco.mjtGeom.mjGEOM_PLANE)
-    model.geom_rgba[floor, :3], model.geom_size[floor, :2] = FLOOR, 0.0  # a plane of size 0 has no end
+    camera = camera_on_robot(model, roots)
     model.vis.global_.fovy = FIELD_OF_VIEW
+    model.vis.map.znear = 0.1 * camera.distance / model.stat.extent  # sharper depths: they tell floor and tiles apart
+    model.vis.quality.offsamples = 0  # no blended colours at edges: a GIF has no room for them
     model.light_type[:] = mujoco.mjtLightType.mjLIGHT_DIRECTIONAL
     model.light_ambient[:], model.light_diffuse[:], model.light_specular[:] = 0.0, 0.3, 0.0
-    head = model.vis.headlight
-    head.ambient[:], head.diffuse[:], head.specular[:] = 0.6 if model.nlight else 0.8, 0.25, 0.0
-    model.vis.quality.offsamples = 0  # edges without blended colours, which a GIF has no room for
-    return model, roots, bands
+    light = model.vis.headlight
+    light.ambient[:], light.diffuse[:], light.specular[:] = 0.6 if model.nlight else 0.9, 0.25, 0.0
+    floor = model.geom_type == mujoco.mjtGeom.mjGEOM_PLANE
+    model.geom_size[floor, :2] = 0.0  # a plane of size 0 has no end
+    model.geom_rgba[floor, :3] = FLOOR / (0.9 + 0.25 * np.sin(np.deg2rad(-camera.elevation)))  # FLOOR in this light
+    return model, roots, bands, camera
 
 
-def camera_on_robot(model, data, roots):
-    """A camera that shows all of the robot as it starts from the side, or from above where the robot lies flat."""
+def camera_on_robot(model, roots):
+    """A camera that shows the whole robot as it starts: a tall robot from the side, a flat one more from above."""
+    data, camera = mujoco.MjData(model), mujoco.MjvCamera()
     mujoco.mj_forward(model, data)
     moving = np.isin(model.body_rootid[model.geom_bodyid], roots)
     box = (np.abs(data.geom_xmat[moving].reshape(-1, 3, 3)) * model.geom_aabb[moving, None, 3:]).sum(-1)
     ends = np.abs(data.geom_xpos[moving] - data.subtree_com[roots].mean(0)) + box  # (geoms, 3) from the centre of mass
     reach, height = np.hypot(ends[:, 0], ends[:, 1]).max(), ends[:, 2].max()
-    camera = mujoco.MjvCamera()
     camera.type, camera.trackbodyid, camera.azimuth = mujoco.mjtCamera.mjCAMERA_TRACKING, roots[0], 90.0
     camera.elevation = -np.clip(50.0 - 40.0 * height / reach, 22.0, 50.0)
     slope = np.deg2rad(-camera.elevation)
-    half_height = max(height * np.cos(slope) + reach * np.sin(slope), reach * HEIGHT / WIDTH)
+    half_height = max(height * np.cos(slope) + reach * np.sin(slope), reach * HEIGHT / WIDTH)  # of the picture
     camera.distance = 1.25 * half_height / np.tan(np.deg2rad(FIELD_OF_VIEW / 2))
     return camera
 
@@ -104,7 +107,7 @@ class Film:
 
     def __init__(self, envs):
         self.envs = envs
-        self.model, self.roots, self.bands = coloured_model(envs)
+        self.model, self.roots, self.bands, self.camera = coloured_model(envs)
         try:
             if sys.platform == "linux" and not os.environ.get("MUJOCO_GL"):
                 from mujoco.egl import GLContext
@@ -116,16 +119,14 @@ class Film:
         for slow in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
             self.renderer.scene.flags[slow] = 0
         self.data = mujoco.MjData(self.model)
-        self.camera = camera_on_robot(self.model, self.data, self.roots)
         self.camera.type = mujoco.mjtCamera.mjCAMERA_FREE
         self.every = max(1, -(-MIN_SECONDS // envs.task.dt))  # steps from frame to frame
         self.smooth_frames = round(SMOOTH_SECONDS / (self.every * envs.task.dt))
-        planes = self.model.geom_pos[self.model.geom_type == mujoco.mjtGeom.mjGEOM_PLANE, 2]
-        self.floor = planes[0] if len(planes) else -1.0
+        self.floors = np.flatnonzero(self.model.geom_type == mujoco.mjtGeom.mjGEOM_PLANE)
         self.tile = min(1.0, 10.0 ** round(np.log10(self.camera.distance / 5)))  # metres
-        agents = (agent_colour(agent) for agent in range(envs.num_agents))
-        colours = [*agents, *((grey,) * 3 for grey in (FLOOR, TILE, TORSO, OBJECT))]
-        self.palette = np.round(255 * SHADES[:, None, None] * colours).astype(np.uint8).reshape(-1, 3)[:256].tobytes()
+        agents = (agent_colour(agent) for agent in range(min(envs.num_agents, NUM_COLOURS)))
+        colours = [*agents, *((grey,) * 3 for grey in (FLOOR, TILE, ROBOT, OBJECT))]
+        self.palette = np.round(255 * SHADES[:, None, None] * colours).astype(np.uint8).tobytes()
         self.positions, self.steps = [], 0
 
     def __call__(self):
@@ -156,19 +157,20 @@ class Film:
                 size, middle = (1.02 * radius, width, 0.0), place + ((2 * i + 1) * width - half) * axis
                 self.add(mujoco.mjtGeom.mjGEOM_CYLINDER, size, middle, rotation, agent_colour(agent))
 
-    def add_tiles(self):
-        """Draw every second square of the floor darker, wherever the camera may see it."""
+    def add_tiles(self, floor):
+        """Draw every second square of this geom, a horizontal plane, darker, wherever the camera may see it."""
+        level, colour = self.model.geom_pos[floor, 2], self.model.geom_rgba[floor, :3] * TILE / FLOOR
         (x, y, z), up = self.camera.lookat, np.deg2rad(-self.camera.elevation)
-        half = np.deg2rad(FIELD_OF_VIEW / 2)
-        behind, height = self.camera.distance * np.cos(up), self.camera.distance * np.sin(up) + z - self.floor
+        half, tile = np.deg2rad(FIELD_OF_VIEW / 2), self.tile
+        behind, height = self.camera.distance * np.cos(up), self.camera.distance * np.sin(up) + z - level
         near, far = (y - behind + height / np.tan(up + angle) for angle in (half, -half))
         side = height / np.sin(up - half) * np.tan(half) * WIDTH / HEIGHT
-        size, level, above = np.array([self.tile / 2, self.tile / 2, 1.0]), np.eye(3).ravel(), 1e-3 * self.tile
-        for i in range(int((x - side) // self.tile), int((x + side) // self.tile) + 1):
-            for j in range(int(near // self.tile), int(far // self.tile) + 1):
+        size, upright = np.array([tile / 2, tile / 2, 1.0]), np.eye(3).ravel()
+        for i in range(int((x - side) // tile), int((x + side) // tile) + 1):
+            for j in range(int(near // tile), int(far // tile) + 1):
                 if (i + j) % 2:
-                    place = np.array([(i + 0.5) * self.tile, (j + 0.5) * self.tile, self.floor + above])
-                    self.add(mujoco.mjtGeom.mjGEOM_PLANE, size, place, level, (TILE,) * 3)
+                    place = np.array([(i + 0.5) * tile, (j + 0.5) * tile, level + 2e-3 * tile])  # just above the floor
+                    self.add(mujoco.mjtGeom.mjGEOM_PLANE, size, place, upright, colour)
 
     def draw(self):
         """An image of each remembered moment."""
@@ -178,7 +180,8 @@ class Film:
             self.camera.lookat = lookat
             self.renderer.update_scene(self.data, self.camera)
             self.add_bands()
-            self.add_tiles()
+            for floor in self.floors:
+                self.add_tiles(floor)
             yield Image.fromarray(self.renderer.render())
 
     def take(self):
@@ -198,14 +201,13 @@ class Window:
     """Shows the first of `envs` in MuJoCo's viewer, in real time. Raises RuntimeError where there is no screen."""
 
     def __init__(self, envs):
-        self.envs, (self.model, roots, _) = envs, coloured_model(envs)
+        self.envs, (self.model, _, _, camera) = envs, coloured_model(envs)
         try:
             import mujoco.viewer
 
             if os.name == "posix" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
                 raise RuntimeError("no screen")
             self.data = mujoco.MjData(self.model)
-            camera = camera_on_robot(self.model, self.data, roots)
             self.viewer = mujoco.viewer.launch_passive(self.model, self.data, show_left_ui=False, show_right_ui=False)
         except Exception as error:
             raise RuntimeError(f"{type(error).__name__}: {error}") from error
