@@ -39,7 +39,7 @@ FLOOR, TILE, ROBOT, OBJECT = 0.92, 0.84, 0.45, 0.15  # greys: 0 is black, 1 is w
 
 # ---- The robot in the colours of its agents ----
 def agents_of_bodies(envs):
-    """The agents whose joints move each body, a list of lists: of a body without such joints, its parent's agents."""
+    """For each body, the agents whose joints move it (a list of lists); without such joints, its parent's agents."""
     model, agents = envs.task.model, [[]]
     _, _, joints = parse_env_id(envs.env_id)
     agent_of = {model.joint(joint).id: agent for agent, own in enumerate(joints) for joint in own}
@@ -54,7 +54,7 @@ def coloured_model(envs):
     """A copy of the task's model, coloured by agent, with even light and a floor without end.
 
     Returns (model, roots, bands, camera): `roots` (R,) are the bodies on which the agents' robots hang; `bands`
-    {geom: agents} are the geoms that several agents move, which the model shows in the first one's colour.
+    {geom: agents} are the capsules that several agents move, which the model shows in the first one's colour.
     """
     model, agents, bands = copy.copy(envs.task.model), agents_of_bodies(envs), {}
     roots = np.unique([model.body_rootid[body] for body in range(model.nbody) if agents[body]])
@@ -62,7 +62,7 @@ def coloured_model(envs):
     for geom, body in enumerate(model.geom_bodyid):
         grey = ROBOT if body == 0 or model.body_rootid[body] in roots else OBJECT
         model.geom_rgba[geom] = *(agent_colour(agents[body][0]) if agents[body] else (grey,) * 3), 1.0
-        if len(agents[body]) > 1:
+        if len(agents[body]) > 1 and model.geom_type[geom] == mujoco.mjtGeom.mjGEOM_CAPSULE:
             bands[geom] = agents[body]
     camera = camera_on_robot(model, roots)
     model.vis.global_.fovy = FIELD_OF_VIEW
@@ -103,7 +103,7 @@ def smooth(path, width):
 
 
 class Film:
-    """Frames of the first of `envs`, a MaMuJoCoVecEnv, in real time. Raises RuntimeError where OpenGL does not work."""
+    """A film of the first of `envs`, a MaMuJoCoVecEnv, in real time. Raises RuntimeError if OpenGL does not work."""
 
     def __init__(self, envs):
         self.envs = envs
@@ -114,7 +114,7 @@ class Film:
 
                 gl_context.GLContext = GLContext  # MuJoCo chose when it was imported, and its choice needs a screen
             self.renderer = mujoco.Renderer(self.model, HEIGHT, WIDTH)
-        except Exception as error:  # what is raised depends on which part of OpenGL is missing
+        except Exception as error:  # the exception depends on which part of OpenGL is missing
             raise RuntimeError(f"{type(error).__name__}: {error}") from error
         for slow in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
             self.renderer.scene.flags[slow] = 0
@@ -123,7 +123,10 @@ class Film:
         self.every = max(1, -(-MIN_SECONDS // envs.task.dt))  # steps from frame to frame
         self.smooth_frames = round(SMOOTH_SECONDS / (self.every * envs.task.dt))
         self.floors = np.flatnonzero(self.model.geom_type == mujoco.mjtGeom.mjGEOM_PLANE)
-        self.tile = min(1.0, 10.0 ** round(np.log10(self.camera.distance / 5)))  # metres
+        far = self.camera.distance
+        self.tile = (
+            1.0 if 1.0 < far < 50.0 else 10.0 ** round(np.log10(far / 10))
+        )  # metres; the scene has room for so many
         agents = (agent_colour(agent) for agent in range(min(envs.num_agents, NUM_COLOURS)))
         colours = [*agents, *((grey,) * 3 for grey in (FLOOR, TILE, ROBOT, OBJECT))]
         self.palette = np.round(255 * SHADES[:, None, None] * colours).astype(np.uint8).tobytes()
@@ -148,7 +151,7 @@ class Film:
         scene.ngeom += 1
 
     def add_bands(self):
-        """Divide each geom that several agents move along its axis, a part for each agent."""
+        """Give each capsule that several agents move a ring for each of them, one after the other along its axis."""
         for geom, agents in self.bands.items():
             radius, half, _ = self.model.geom_size[geom]
             place, rotation = self.data.geom_xpos[geom], self.data.geom_xmat[geom]
@@ -173,7 +176,7 @@ class Film:
                     self.add(mujoco.mjtGeom.mjGEOM_PLANE, size, place, upright, colour)
 
     def draw(self):
-        """An image of each remembered moment."""
+        """Draw the remembered positions: yields an image (480 x 360) for each."""
         path = smooth(np.array([self.show(qpos) for qpos in self.positions]), self.smooth_frames)
         for qpos, lookat in zip(self.positions, path, strict=True):
             self.show(qpos)
@@ -198,7 +201,7 @@ class Film:
 
 
 class Window:
-    """Shows the first of `envs` in MuJoCo's viewer, in real time. Raises RuntimeError where there is no screen."""
+    """Shows the first of `envs` in MuJoCo's viewer, in real time. Raises RuntimeError if there is no screen."""
 
     def __init__(self, envs):
         self.envs, (self.model, _, _, camera) = envs, coloured_model(envs)
@@ -231,7 +234,7 @@ class Window:
 
 # ---- For scripts ----
 def open_viewer(args, envs):
-    """Of `envs` or None: the Film that --capture-video asks for, the Window that --render asks for, or None."""
+    """A Film of `envs` for --capture-video, a Window for --render, else None. Returns None if `envs` is None."""
     if envs is None:
         return None
     try:
@@ -244,7 +247,7 @@ def open_viewer(args, envs):
 
 
 def save_film(viewer, run_folder, writer, global_step):
-    """Write what a Film has taken to a GIF in the folder and, as a moving image, to TensorBoard; else do nothing."""
+    """If the viewer is a Film, write its GIF to the folder and to TensorBoard, which shows it moving."""
     if isinstance(viewer, Film):
         gif = viewer.take()
         image = Summary.Image(height=HEIGHT, width=WIDTH, colorspace=3, encoded_image_string=gif)
@@ -253,7 +256,7 @@ def save_film(viewer, run_folder, writer, global_step):
 
 
 def write_gif(gif, path):
-    """Write the bytes of a GIF. Returns whether the file was written; if not, a line on stderr says why."""
+    """Write the bytes of a GIF. Returns True if the file was written; if not, a line on stderr says why."""
     try:
         with open(path, "wb") as file:
             file.write(gif)

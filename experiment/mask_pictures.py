@@ -140,7 +140,7 @@ def draw_weights(network, name):
     ax = add_image(line, 1.0, above + 0.3, 8.0, strip, extent=(0, 100, num_masks - 0.5, -0.5))
     ax.set_yticks(range(num_masks), [f"{who} {i}" for i in range(num_masks)], size="large")
     ax.tick_params(labelsize="large")
-    ax.set_xlabel("weights of this layer, %: first those that most keep", size="large")
+    ax.set_xlabel(f"all weights of this layer, %, beginning with what most {who}s keep", size="large")
     return figure
 
 

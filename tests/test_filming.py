@@ -175,7 +175,9 @@ def test_the_floor_moves_with_the_robot_in_the_middle(opengl):
     assert 0.1 < changed[1] < 0.9, "the floor has moved, the robot has not"
 
 
-@pytest.mark.parametrize("env_id", ["Hopper-v2-3x1", "manyagent_swimmer-10x2", "coupled_half_cheetah-1p1"])
+@pytest.mark.parametrize(
+    "env_id", ["Hopper-v2-3x1", "manyagent_swimmer-10x2", "manyagent_swimmer-50x2", "coupled_half_cheetah-1p1"]
+)
 def test_the_picture_holds_the_whole_robot_as_it_starts(env_id, opengl):
     envs = MaMuJoCoVecEnv(env_id, 1)
     frame = first_frame(films.Film(envs))
