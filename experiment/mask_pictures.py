@@ -1,14 +1,14 @@
-"""Pictures of what masks share: a row a masked layer, for TensorBoard and, larger, for paper.
+"""Pictures of masks: what each mask keeps of the shared weights, for TensorBoard and, larger, for paper.
 
     python tools/masks.py runs/RUN/model.pt --out masks  # of a saved model
 
     writer = SummaryWriter("runs/RUN")
-    log_masks(writer, learner, global_step)                  # in training
+    log_masks(writer, learner, global_step)              # during training
 
-A network has `layers`, each with `weight` W, (out, in) or where nothing is shared (M, out, in), `thresholds` s
-(M, out, in) and `masks()` (M, out, in) bool, true where mask k keeps a weight: |W| > sigmoid(s_k).
+A network has `layers`. Each layer has `weight` W, (out, in) or, if masks do not share it, (M, out, in); `thresholds` s
+(M, out, in); and `masks()` (M, out, in) bool, True where mask k keeps a weight: |W| > sigmoid(s_k).
 
-Tensors are reduced on their device, and only small ones come to the host. No random numbers are drawn.
+Tensors are reduced on their device, so only small ones come to the host. Nothing here draws random numbers.
 """
 
 import math
@@ -17,9 +17,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from experiment.agent_colours import agent_colour
+
 NO_MASK_BELOW = -500.0  # thresholds below this mask nothing: their sigmoid is 0
-SMALLEST = -12.0  # what is smaller than 10 to this power, 0 included, counts as this power
+SMALLEST = -12.0  # numbers below 10 to this power, 0 included, are drawn as 10 to this power
 LARGEST_SAMPLE = 100_000  # values in a histogram
+KEPT_BY_ALL = (0.35,) * 3  # grey
 
 
 # ---- What masks share ----
@@ -31,7 +34,7 @@ def masks_act(network):
 
 @torch.no_grad()
 def sparsity(network):
-    """(layers,): each layer's share of zeros among the effective weights of all masks."""
+    """(layers,): the share of each layer's effective weights, over all masks, that is 0."""
     return torch.stack([1 - layer.masks().float().mean() for layer in network.layers])
 
 
@@ -50,28 +53,28 @@ def mask_difference(network):
 def difference_matrix(layer):
     """(M, M): the share of a layer's weights that one mask keeps and the other drops."""
     masks = layer.masks().flatten(1).float()
-    both = masks @ masks.T  # whole numbers, which float32 holds up to 2^24
+    both = masks @ masks.T  # whole numbers; float32 is exact up to 2^24
     kept = both.diagonal()
     return (kept[:, None] + kept - 2 * both) / masks.shape[1]
 
 
 @torch.no_grad()
 def kept_by(layer):
-    """(M + 1,): the shares of a layer's weights that exactly 0, 1, ..., M masks keep."""
+    """(M + 1,): the share of a layer's weights that exactly 0, 1, ..., M masks keep."""
     masks = layer.masks()
     return torch.bincount(masks.sum(0).flatten(), minlength=len(masks) + 1) / masks[0].numel()
 
 
 @torch.no_grad()
 def log_sizes(layer):
-    """log10 of |W|, shape of W, and of sigmoid(s), (M, out, in): finite, at least SMALLEST."""
+    """log10 |W| in the shape of W, and log10 sigmoid(s), (M, out, in); all finite and at least SMALLEST."""
     weights = layer.weight.abs().log10()
     thresholds = F.logsigmoid(layer.thresholds) / math.log(10)
     return tuple(x.nan_to_num(SMALLEST, 38.0).clamp(min=SMALLEST) for x in (weights, thresholds))
 
 
 def every_kth(x):
-    """(at most LARGEST_SAMPLE,): values of x at even distances, in all columns of its last dimension."""
+    """(at most LARGEST_SAMPLE,): values of x at even distances, from all columns of its last dimension."""
     k = math.ceil(x.numel() / LARGEST_SAMPLE)
     while math.gcd(k, x.shape[-1]) > 1:
         k += 1
@@ -79,18 +82,80 @@ def every_kth(x):
 
 
 # ---- Drawing ----
+def new_figure(width, height):
+    """An empty matplotlib Figure of this size in inches. `savefig` writes it, larger with a higher dpi than 120."""
+    # import here: it takes a second. Not pyplot, which looks for a screen and keeps every figure
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure((width, height), dpi=120)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+@torch.no_grad()
+def draw_weights(network, name):
+    """A matplotlib Figure of the first layer: which of its weights each mask keeps.
+
+    Above, the layer once for each mask, rows and columns sorted: each mask in turn has a group of rows, of which it
+    drops more than the other masks do. Below, all weights of the layer in a line, beginning with what most masks keep.
+    """
+    from matplotlib.legend_handler import HandlerTuple
+    from matplotlib.patches import Patch
+
+    masks = network.layers[0].masks().cpu().numpy()
+    num_masks, outputs, inputs = masks.shape
+    who, count = "agent" if name == "actor" else name, masks.sum(0)  # (out, in)
+    colours = [agent_colour(mask) for mask in range(num_masks)]
+    image = np.where(masks[..., None], np.reshape(colours, (num_masks, 1, 1, 3)), 1.0)  # (M, out, in, 3)
+    image[:, count == num_masks] = KEPT_BY_ALL
+    kept = masks.sum(2) / np.maximum(masks.sum((1, 2)), 1)[:, None]  # (M, out)
+    rows, columns = np.lexsort((kept.min(0), kept.argmin(0))), np.argsort(-count.sum(0), kind="stable")
+
+    across, strip = min(num_masks, 6), 0.3 * num_masks  # all lengths in inches
+    side = 9.0 / across
+    above = 0.95 + -(-num_masks // across) * (side + 0.4)
+    width, height = 9.3, above + strip + 1.1
+    figure = new_figure(width, height)
+    title = f"{name}, first layer: {inputs} inputs (columns), {outputs} outputs (rows)"
+    figure.text(0.15 / width, 1 - 0.3 / height, title, size="x-large", va="center")
+    own = tuple(Patch(color=colour) for colour in colours[:4])
+    labels = {f"kept by all {who}s": Patch(color=KEPT_BY_ALL), f"kept by this {who}, not by all": own}
+    labels["dropped"] = Patch(facecolor="white", edgecolor="black")
+    place = dict(loc="center left", bbox_to_anchor=(0.06 / width, 1 - 0.65 / height), ncols=3, frameon=False)
+    figure.legend(labels.values(), labels, handler_map={tuple: HandlerTuple(None, 0)}, fontsize="large", **place)
+
+    def add_image(pixels, left, top, wide, high, **options):
+        ax = figure.add_axes((left / width, 1 - (top + high) / height, wide / width, high / height))
+        ax.imshow(pixels, aspect="auto", interpolation="nearest", **options)
+        return ax
+
+    for mask in range(num_masks):
+        row, column = divmod(mask, across)
+        top = 0.95 + row * (side + 0.4) + 0.35
+        ax = add_image(image[mask][rows][:, columns], 0.15 + column * side, top, side - 0.12, side)
+        ax.set(xticks=(), yticks=())
+        ax.set_title(f"{who} {mask}", size="large")
+    order = np.lexsort((*~masks.reshape(num_masks, -1)[::-1], -count.ravel()))
+    line = image.reshape(num_masks, -1, 3)[:, order]
+    ax = add_image(line, 1.0, above + 0.3, 8.0, strip, extent=(0, 100, num_masks - 0.5, -0.5))
+    ax.set_yticks(range(num_masks), [f"{who} {i}" for i in range(num_masks)], size="large")
+    ax.tick_params(labelsize="large")
+    ax.set_xlabel(f"all weights of this layer, %, beginning with what most {who}s keep", size="large")
+    return figure
+
+
 def percent(share):
     """A share as text, short enough for a cell."""
     return "0" if share == 0 else "<0.1" if share < 5e-4 else f"{100 * share:.1f}"
 
 
-def draw_differences(ax, matrix):
-    """Heat map of (M, M) with numbers in percent or, where cells are too small for them, a colour bar."""
+def draw_differences(ax, matrix, end):
+    """Heat map of (M, M) up to `end` percent, with numbers or, if cells are too small for them, a colour bar."""
     cells = np.ma.array(100 * matrix, mask=np.eye(len(matrix), dtype=bool))
-    end = max(cells.data.max(), 0.1)
     ax.set_facecolor("lightgrey")  # where a mask meets itself
     image = ax.imshow(cells, cmap="viridis_r", vmin=0, vmax=end, aspect="auto")
-    if len(matrix) > 8:
+    if len(matrix) > 6:
         ax.figure.colorbar(image, cax=ax.inset_axes((1.03, 0, 0.04, 1)), ticks=(0, end / 2, end), format="%.2f")
     else:
         for i, j in np.argwhere(~cells.mask):
@@ -100,56 +165,61 @@ def draw_differences(ax, matrix):
     ax.set(xlabel="mask", ylabel="mask")
 
 
-def draw_thresholds(ax, sizes, thresholds):
-    """2-D histogram of log10 of |W| and of sigmoid(s), (n,) each; on the diagonal a weight is just masked."""
-    low = math.floor(min(np.quantile(x, 0.002) for x in (sizes, thresholds)))
-    high = max(math.ceil(max(sizes.max(), thresholds.max())), low + 1)
+def draw_thresholds(ax, sizes, thresholds, low, high):
+    """2-D histogram of log10 |W| and log10 sigmoid(s), (n,) each; weights on or above the diagonal are masked."""
     bins = 60 if len(sizes) > 20_000 else 30
     ax.hist2d(sizes, thresholds, bins, range=[(low, high)] * 2, norm="log", vmin=1, cmap="viridis_r")
     ax.plot((low, high), (low, high), "black")
     for x, y, text, anchor in ((0.04, 0.93, "masked", "left"), (0.96, 0.07, "kept", "right")):
         ax.text(x, y, text, ha=anchor, va="center", transform=ax.transAxes, bbox=dict(color="white", pad=1))
-    ax.locator_params(integer=True, nbins=7)
+    ax.locator_params(integer=True, nbins=5)
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_formatter("$10^{{{x:.0f}}}$")
     ax.set(xlabel="|W|", ylabel="sigmoid(s)")
 
 
-def draw_kept_by(ax, shares):
-    """Bars of (M + 1,) in percent."""
+def draw_kept_by(ax, shares, end):
+    """Bars of (M + 1,) in percent, on an axis up to `end` percent."""
     bars = ax.bar(range(len(shares)), 100 * shares)
-    if len(shares) <= 9:
-        ax.bar_label(bars, map(percent, shares), size="small", padding=1)
-    ax.margins(0.02, 0.1)
+    if len(shares) <= 6:
+        ax.bar_label(bars, map(percent, shares), padding=1)
+    ax.margins(x=0.02)
+    ax.set_ylim(0, 1.15 * end)
     ax.locator_params("x", integer=True, nbins=9)
     ax.set(xlabel="masks that keep a weight", ylabel="share of weights, %")
 
 
 @torch.no_grad()
 def draw(network, name):
-    """A matplotlib Figure of all masked layers, a row each. `savefig` writes it, larger with a higher dpi than 90."""
-    # here, since it takes a second; not pyplot, which looks for a screen and keeps every figure
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    """A matplotlib Figure of all masked layers, a row each. A column has the same scale in all rows."""
+    layers, num_masks = network.layers, len(network.layers[0].thresholds)
+    width, height = 9.3, 0.9 + 2.8 * len(layers)  # inches
+    figure = new_figure(width, height)
+    edges = dict(left=0.07, right=0.98, bottom=0.6 / height, top=1 - 1.15 / height, wspace=0.5, hspace=0.55)
+    axes = figure.subplots(len(layers), 3, squeeze=False, gridspec_kw=edges)
+    title = f"{name}, {num_masks} mask{'s' if num_masks > 1 else ''}"
+    figure.text(0.02, 1 - 0.3 / height, title, size="x-large")
+    headings = ("kept by one of two masks, %", "weights, dark where many", "kept by how many masks")
+    for ax, heading in zip(axes[0], headings, strict=True):
+        ax.text(0, 1.2, heading, transform=ax.transAxes, size="large")
 
-    num_masks, height = len(network.layers[0].thresholds), 1 + 3.6 * len(network.layers)  # inches
-    figure = Figure((12.4, height), dpi=90)
-    FigureCanvasAgg(figure)
-    edges = dict(left=0.06, right=0.98, bottom=0.6 / height, top=1 - 1.15 / height, wspace=0.5, hspace=0.4)
-    axes = figure.subplots(len(network.layers), 3, squeeze=False, gridspec_kw=edges)
-    figure.text(0.06, 1 - 0.3 / height, f"{name}, {num_masks} mask{'s' if num_masks > 1 else ''}", size="large")
-    headings = ("weights that only one of two masks keeps, %", "weights by size and threshold, dark where many")
-    for ax, heading in zip(axes[0], (*headings, "weights by how many masks keep them"), strict=True):
-        ax.text(0, 1.15, heading, transform=ax.transAxes)
-    for i, (layer, row) in enumerate(zip(network.layers, axes, strict=True), start=1):
-        shares, (sizes, thresholds) = kept_by(layer).cpu().numpy(), log_sizes(layer)
-        masked = percent(shares @ np.arange(num_masks, -1, -1) / num_masks)
-        outputs, inputs = thresholds.shape[1:]
-        title = f"layer {i}: {inputs} inputs, {outputs} output{'s' if outputs > 1 else ''}, {masked} % masked"
-        row[0].text(0, 1.04, title, transform=row[0].transAxes)
-        draw_differences(row[0], difference_matrix(layer).cpu().numpy())
-        draw_thresholds(row[1], *(every_kth(x).cpu().numpy() for x in (sizes.expand_as(thresholds), thresholds)))
-        draw_kept_by(row[2], shares)
+    matrices = [difference_matrix(layer).cpu().numpy() for layer in layers]
+    kept = [kept_by(layer).cpu().numpy() for layer in layers]
+    points = []  # (n,) and (n,) of each layer
+    for layer in layers:
+        sizes, thresholds = log_sizes(layer)
+        points.append([every_kth(x).cpu().numpy() for x in (sizes.expand_as(thresholds), thresholds)])
+    low = math.floor(min(np.quantile(x, 0.002) for pair in points for x in pair))
+    high = max(math.ceil(max(x.max() for pair in points for x in pair)), low + 1)
+    end = max(100 * max(matrix.max() for matrix in matrices), 0.1)
+    for i, (layer, row) in enumerate(zip(layers, axes, strict=True)):
+        masked = percent(kept[i] @ np.arange(num_masks, -1, -1) / num_masks)
+        outputs, inputs = layer.thresholds.shape[1:]
+        title = f"layer {i + 1}: {inputs} inputs, {outputs} output{'s' if outputs > 1 else ''}, {masked} % masked"
+        row[0].text(0, 1.06, title, transform=row[0].transAxes)
+        draw_differences(row[0], matrices[i], end)
+        draw_thresholds(row[1], *points[i], low, high)
+        draw_kept_by(row[2], kept[i], 100 * max(shares.max() for shares in kept))
     return figure
 
 
@@ -168,7 +238,7 @@ def log_mask_shares(writer, learner, step):
 
 
 def log_masks(writer, learner, step):
-    """Write pictures, each layer's thresholds and weights as histograms of log10, and two shares of weights.
+    """Write a picture, histograms of log10 |W| and log10 sigmoid(s) of each layer, and two shares of weights.
 
     Writes nothing for a network without masks, where all thresholds are below NO_MASK_BELOW.
     """

@@ -1,4 +1,4 @@
-"""What masks share against plain loops, the pictures of it, their place in TensorBoard, and scripts of benchmark/."""
+"""What masks share, compared with plain loops; its pictures and how TensorBoard gets them; tools/ that read masks."""
 
 import io
 import math
@@ -19,6 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 import kalei_mappo_mamujoco as mappo
 import kalei_matd3_mamujoco as matd3
 from experiment import mask_pictures
+from experiment.agent_colours import agent_colour
 from experiment.checkpoints import write
 from experiment.mask_pictures import mask_difference, sparsity
 from experiment.saved_models import save_model
@@ -28,7 +29,7 @@ from tools import one_mask
 
 
 def network(masks=5, sizes=((9, 6), (6, 3), (3, 1)), bias=0.0, own=False):
-    """Whatever has `layers`: here a third of the weights is masked."""
+    """An object with `layers`; by default, about a third of the weights is masked."""
     torch.manual_seed(0)
     return SimpleNamespace(layers=[MaskedLinear(masks, *size, 4.0, bias, own) for size in sizes])
 
@@ -108,13 +109,59 @@ def test_panels_show_the_numbers_of_each_layer(masks, own):
         cells, others = differences.images[0].get_array(), ~np.eye(masks, dtype=bool)
         assert np.array_equal(cells.mask, ~others) and np.allclose(cells.data, matrix)
         numbers = [text.get_text() for text in differences.texts if text.get_position()[1] in range(masks)]
-        assert numbers == ([f"{x:.1f}" if x else "0" for x in matrix[others]] if masks <= 8 else [])
-        assert len(differences.child_axes) == (masks > 8), "a colour bar in the place of numbers"
+        assert numbers == ([f"{x:.1f}" if x else "0" for x in matrix[others]] if masks <= 6 else [])
+        assert len(differences.child_axes) == (masks > 6), "a colour bar in the place of numbers"
         shares = 100 * mask_pictures.kept_by(layer).numpy()
         assert np.allclose([bar.get_height() for bar in kept_by.patches], shares)
         (line,) = thresholds.lines
         assert np.array_equal(*line.get_data()) and np.array_equal(line.get_xdata(), thresholds.get_xlim())
         assert thresholds.get_xlim() == thresholds.get_ylim()
+
+
+def test_layers_share_the_scale_of_each_column():
+    axes = np.reshape(mask_pictures.draw(network(), "actor").axes, (3, 3))
+    ends = [ax.images[0].get_clim() for ax in axes[:, 0]]
+    assert len(set(ends)) == 1 and ends[0][1] == max(ax.images[0].get_array().max() for ax in axes[:, 0])
+    assert len({ax.get_xlim() for ax in axes[:, 1]}) == 1
+    (end,) = {ax.get_ylim()[1] for ax in axes[:, 2]}
+    assert end > max(bar.get_height() for ax in axes[:, 2] for bar in ax.patches)
+
+
+@pytest.mark.parametrize("masks, own", [(1, False), (3, True), (8, False)])
+def test_weights_have_the_colours_of_the_masks_that_keep_them(masks, own):
+    net = network(masks, own=own)
+    *panels, line = (ax.images[0].get_array() for ax in mask_pictures.draw_weights(net, "actor").axes)
+    kept = net.layers[0].masks().numpy()
+    assert len(panels) == masks and line.shape == (masks, 6 * 9, 3)
+    white, grey = np.ones(3), np.full(3, 0.35)
+    for mask, panel in enumerate(panels):
+        for pixels in (panel.reshape(-1, 3), line[mask]):
+            counts = [np.isclose(pixels, colour).all(1).sum() for colour in (white, grey, agent_colour(mask))]
+            assert counts == [(~kept[mask]).sum(), kept.all(0).sum(), (kept[mask] & ~kept.all(0)).sum()]
+    assert (np.diff((line < 0.999).any(2).sum(0)) <= 0).all(), "first the weights that most masks keep"
+    together = np.sort((np.stack(panels) < 0.999).any(3).reshape(masks, -1).sum(0))
+    assert np.array_equal(together, np.sort(kept.sum(0).ravel())), "all panels have the same order"
+
+
+def test_rows_are_in_groups_of_the_mask_that_drops_them():
+    net = network(3, ((9, 6),))
+    with torch.no_grad():
+        net.layers[0].thresholds.fill_(-100.0)
+        for row in range(6):
+            net.layers[0].thresholds[row % 3, row, : 3 + row] = 100.0
+    *panels, _ = (ax.images[0].get_array() for ax in mask_pictures.draw_weights(net, "critic").axes)
+    dropped = np.stack([(panel == 1).all(2).sum(1) for panel in panels])
+    assert dropped.tolist() == [[6, 3, 0, 0, 0, 0], [0, 0, 7, 4, 0, 0], [0, 0, 0, 0, 8, 5]]
+
+
+@pytest.mark.parametrize("masks", [1, 4, 17])
+def test_nothing_is_cut_off_in_the_picture_of_weights(masks):
+    figure = mask_pictures.draw_weights(network(masks, ((393, 128),)), "critic")
+    inches = figure.get_tightbbox()
+    assert min(inches.min) > 0 and (inches.max < figure.get_size_inches()).all()
+    boxes = [ax.get_tightbbox() for ax in figure.axes] + [figure.legends[0].get_window_extent()]
+    for i, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:i])
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -137,7 +184,7 @@ def test_nothing_is_cut_off_at_the_edges(masks):
     figure = mask_pictures.draw(network(masks, ((393, 256), (256, 1)), bias=2.0), "critic")
     inches = figure.get_tightbbox()
     assert min(inches.min) > 0 and (inches.max < figure.get_size_inches()).all()
-    headings = [next(t for t in ax.texts if t.get_text().startswith("weights")) for ax in figure.axes[:3]]
+    headings = [next(t for t in ax.texts if t.get_text().startswith(("weights", "kept by"))) for ax in figure.axes[:3]]
     boxes = [heading.get_window_extent() for heading in headings]
     assert boxes[0].x1 < boxes[1].x0 and boxes[1].x1 < boxes[2].x0
 
@@ -196,7 +243,7 @@ def test_log_masks_writes_picture_histograms_and_shares(tmp_path):
         tags = {f"masks/{name}_{rest}".rstrip("_") for name in ("actor", "critic") for rest in names}
         assert set(events.Tags()[kind]) == tags
     image = events.Images("masks/actor")[0]
-    assert (image.step, image.width, image.height) == (7, 1116, 1062)
+    assert (image.step, image.width, image.height) == (7, 1116, 1116)
     picture = Image.open(io.BytesIO(image.encoded_image_string))
     assert picture.mode == "RGB" and picture.getpixel((0, 0)) == (255, 255, 255)
     histogram = events.Histograms("masks/actor_layer2_thresholds")[0].histogram_value
@@ -223,9 +270,10 @@ def test_script_prints_a_table_and_writes_pictures(run, models, tmp_path):
     layers = [[name, str(i), masks] for name, masks in (("actor", "3"), ("critic", "4")) for i in range(1, 4)]
     assert [row[:3] for row in table] == layers
     assert [row[3] for row in table] == ["8x8", "8x8", "2x8", "8x11", "8x8", "1x8"]
-    assert paths == ["pictures_actor.png", "pictures_critic.png"]
-    for path in paths:
-        assert Image.open(tmp_path / path).size == (2 * 1116, 2 * 1062)
+    assert paths == [f"pictures_{name}{end}.png" for name in ("actor", "critic") for end in ("_weights", "")]
+    assert Image.open(tmp_path / paths[0]).width == 2 * 1116
+    for path in paths[1::2]:
+        assert Image.open(tmp_path / path).size == (2 * 1116, 2 * 1116)
 
 
 def test_table_agrees_with_the_network(models, make_learner, tmp_path):
@@ -243,7 +291,7 @@ def test_table_agrees_with_the_network(models, make_learner, tmp_path):
 def test_script_draws_no_picture_of_a_network_without_masks(run, models, tmp_path):
     code, out, _ = run(models())  # of MAPPO, whose critic has none
     assert code == 0 and "critic: no masks, no picture" in out
-    assert [path.name for path in tmp_path.iterdir()] == ["masks_actor.png"]
+    assert {path.name for path in tmp_path.iterdir()} == {"masks_actor_weights.png", "masks_actor.png"}
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,12 @@
 
     python tools/masks.py runs/RUN/model.pt --out masks
 
-Writes masks_actor.png and masks_critic.png (see experiment/mask_pictures.py), and prints a line a layer, in percent:
-masked weights, the mean over masks; weights that only one of two masks keeps, the mean over pairs; weights that no mask
-and that all masks keep. Of a network without masks, such as a critic of MAPPO, there is no picture.
+Writes two pictures of each network (see experiment/mask_pictures.py): which weights each mask keeps, in
+masks_actor_weights.png and masks_critic_weights.png, and numbers of all layers, in masks_actor.png and
+masks_critic.png. Draws no pictures of a network without masks, such as MAPPO's critic.
+
+Prints a line for each layer, in percent: masked weights (mean over masks), weights that only one of two masks keeps
+(mean over pairs), weights that no mask keeps, weights that all masks keep.
 """
 
 import dataclasses
@@ -18,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from experiment.checkpoints import read, refuse_damage  # noqa: E402
 from experiment.command_line import fail, require  # noqa: E402
-from experiment.mask_pictures import difference_matrix, draw, kept_by, masks_act  # noqa: E402
+from experiment.mask_pictures import difference_matrix, draw, draw_weights, kept_by, masks_act  # noqa: E402
 from kalei_matd3_mamujoco import MaskedLinear  # noqa: E402
 
 
@@ -29,9 +32,9 @@ class Options:
     model: tyro.conf.Positional[Path]
     """a file that --save-model wrote"""
     out: Path = Path("masks")
-    """the pictures are OUT_actor.png and OUT_critic.png"""
+    """beginning of the pictures' names: OUT_actor_weights.png, OUT_actor.png and the same of the critic"""
     scale: int = 2
-    """size of the pictures: 1 is that of TensorBoard's, 2 and 3 are for paper"""
+    """size of the pictures: 1 as in TensorBoard, 2 or 3 for paper"""
 
 
 def masked_layers(state):
@@ -80,16 +83,17 @@ def main():
     for row in table:
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
     for name, network in networks.items():
-        path = f"{options.out}_{name}.png"
         if name not in masked:
             print(f"{name}: no masks, no picture")
             continue
-        try:
-            figure = draw(network, name)
-            figure.savefig(path, dpi=options.scale * figure.dpi)
-        except OSError as error:
-            fail(f"--out: {path}: {error.strerror or error}, expected a place to write to")
-        print(path)
+        for drawing, end in ((draw_weights, "_weights"), (draw, "")):
+            path = f"{options.out}_{name}{end}.png"
+            try:
+                figure = drawing(network, name)
+                figure.savefig(path, dpi=options.scale * figure.dpi)
+            except OSError as error:
+                fail(f"--out: {path}: {error.strerror or error}, expected a place to write to")
+            print(path)
 
 
 if __name__ == "__main__":
