@@ -8,8 +8,8 @@
 
 Runs that differ in nothing but the seed form a variant. NAME=GLOB names the variant of all folders that it finds. Other
 folders get the name of their way of sharing, or of their arm in docs/study.md. With --variant, the values of these
-hyperparameters name the variants. Ways of sharing and arms have the same name and colour in all figures. Variants and
-tasks keep the order in which --runs first lists them.
+hyperparameters name the variants. Ways of sharing and arms have the same name, colour and place in all figures. Other
+variants come after them. These and the tasks keep the order in which --runs first lists them.
 
 OUT.png and OUT.csv: each variant's mean over seeds, at the steps that all its seeds have, with a percentile bootstrap
 interval of the mean (resampling whole runs). A single seed has no interval: no band, and empty fields in the CSV file.
@@ -123,6 +123,12 @@ def variant_of(hyperparameters, flags):
     return ", ".join(name_of(flag, hyperparameters.get(flag, "unknown")) for flag in flags or ("sharing",))
 
 
+def in_order(variants):
+    """Each variant once: ways of sharing and arms in the order of ARMS, then the others."""
+    known = [name for name, *_ in ARMS.values()]
+    return sorted(dict.fromkeys(variants), key=lambda variant: known.index(variant) if variant in known else len(known))
+
+
 def average_windows(curve, width, last_step):
     """{end of the window: mean of its values}, for the windows that the run has completed."""
     windows = {}
@@ -172,7 +178,7 @@ def read_run(folder, variant, options):
 
 
 def read_runs(options):
-    """All runs of --runs. Warns of runs that should perhaps not be compared. Also uses --tag, --variant, --every."""
+    """All runs of --runs, sorted. Warns of runs that are hard to compare. Also uses --tag, --variant and --every."""
     known, pairs = set(), []
     for name, folder in find_folders(options.runs):
         if folder.resolve() in known:
@@ -195,8 +201,12 @@ def read_runs(options):
     for (task, variant), names in exp_names.items():
         if len(names) > 1:
             warn(f"{task}, {variant}: these runs have different names: {', '.join(names)}; NAME=GLOB tells them apart")
-    warn_of_differences(list(runs.values()), {"sharing", *options.variant})
-    return list(runs.values())
+    runs = list(runs.values())
+    tasks = list(dict.fromkeys(run.task for run in runs))
+    variants = in_order(run.variant for run in runs)
+    runs.sort(key=lambda run: (tasks.index(run.task), variants.index(run.variant), run.seed))
+    warn_of_differences(runs, {"sharing", *options.variant})
+    return runs
 
 
 def warn_of_differences(runs, expected):
@@ -356,13 +366,14 @@ def draw_curves(path, runs, curves, references, styles, options):
         if index + columns >= len(tasks):
             ax.set_xlabel("environment steps (millions)")
     names = [name for name in (*styles, options.reference_name) if name in handles]
-    width_of_name = 0.6 + 0.07 * max(map(len, names))  # inches
+    widths = [0.6 + 0.07 * len(name) for name in names]  # inches, about
+    fitting = [n for n in range(1, len(names) + 1) if sum(map(max, np.array_split(widths, n))) <= size[0]]
     figure.legend(
         [handles[name] for name in names],
         names,
         title=", ".join(flag.replace("_", " ") for flag in options.variant if flag != "exp_name") or None,
         loc="outside lower center",
-        ncols=max(1, min(len(names), int(size[0] / width_of_name))),
+        ncols=max(fitting, default=1),
         frameon=False,
         fontsize=9,
         title_fontsize=9,
@@ -420,7 +431,6 @@ def report_scores(cells, scores, options):
         if len(ends) > 1:
             warn(f"runs of {task} end at different steps, from {ends[0]:,} to {ends[-1]:,}")
     write_csv(f"{options.out}_final.csv", ("task", "variant", "seed", "steps", "score", "low", "high"), rows)
-    return scores
 
 
 def check(options):
@@ -435,11 +445,11 @@ def main():
     options = tyro.cli(Options)
     check(options)
     runs = read_runs(options)
-    tasks, variants = (list(dict.fromkeys(names)) for names in zip(*((r.task, r.variant) for r in runs), strict=True))
+    tasks, variants = list(dict.fromkeys(run.task for run in runs)), in_order(run.variant for run in runs)
     styles = styles_of(variants)
     references = read_references(options, tasks)
     cells = {(task, variant): [] for task in tasks for variant in variants}
-    for run in sorted(runs, key=lambda run: run.seed):
+    for run in runs:
         cells[run.task, run.variant].append(run)
     cells = {cell: members for cell, members in cells.items() if members}
     curves = {cell: mean_curve(members, options) for cell, members in cells.items()}
