@@ -93,7 +93,7 @@ def test_each_run_counts_with_its_own_end(make_run, draw, tmp_path):
     out, _ = draw("--runs", *runs, make_run("Ant-v2-4x2", "none", 1, [5, 6, 8]))
     assert f"Ant-v2-4x2, {TAG} at each run's last step\n" in out
     assert "  one network: 23.6 [7.3, 40.0]  (seed 1: 7.3 at 300, 2: 40.0 at 200)\n" in out
-    assert "  separate networks: 8.0  (seed 1: 8.0 at 300)\n" in out
+    assert "  separate networks: 8.0 at step 300  (seed 1: 8.0)\n" in out
     assert "warning: runs of Ant-v2-4x2 end at different steps, from 200 to 300\n" in out
     columns = ("variant", "seed", "steps", "score", "low", "high")
     assert [tuple(row[name] for name in columns) for row in rows_of(tmp_path / "out" / "figure_final.csv")] == [
@@ -688,6 +688,7 @@ def test_few_runs_are_examples(make_run, run_judge, tmp_path):
     runs = [make_run("Ant-v2-4x2", "full", 1, long), make_run("Ant-v2-4x2", "none", 1, [9] * 5, total_timesteps=900)]
     code, _, err = run_judge("--runs", *runs, make_run("Ant-v2-4x2", "none", 2, [5] * 5), "--out", tmp_path / "q")
     assert code == 0 and f"{runs[1]}: its last evaluation is at 500 of 900 steps" in err
+    assert "Ant-v2-4x2: the ends of these runs are means over different steps: 100 to 500, 200 to 600\n" in err
     (row,) = rows_of(tmp_path / "q_pairs.csv")
     assert (row["end_a"], row["end_b"], row["difference"], row["low"], row["p"]) == ("9", "7", "2", "", "")
     assert row["verdict"] == "examples, no test"

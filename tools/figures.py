@@ -366,14 +366,16 @@ def draw_curves(path, runs, curves, references, styles, options):
         if index + columns >= len(tasks):
             ax.set_xlabel("environment steps (millions)")
     names = [name for name in (*styles, options.reference_name) if name in handles]
-    widths = [0.6 + 0.07 * len(name) for name in names]  # inches, about
+    widths = [0.6 + 0.065 * len(name) for name in names]  # inches, about
     fitting = [n for n in range(1, len(names) + 1) if sum(map(max, np.array_split(widths, n))) <= size[0]]
+    legend_columns = max(fitting, default=1)
+    figure.set_size_inches(size[0], size[1] + 0.18 * (-(-len(names) // legend_columns) - 1))
     figure.legend(
         [handles[name] for name in names],
         names,
         title=", ".join(flag.replace("_", " ") for flag in options.variant if flag != "exp_name") or None,
         loc="outside lower center",
-        ncols=max(fitting, default=1),
+        ncols=legend_columns,
         frameon=False,
         fontsize=9,
         title_fontsize=9,
@@ -419,14 +421,15 @@ def report_scores(cells, scores, options):
         where = f"at step {ends[0]:,}" if len(ends) == 1 else "at each run's last step"
         print(f"{task}, {options.tag} {where}" + f", mean over {options.last:,} steps" * (options.last > 0))
         for variant, runs in mine.items():
-            values = scores[task, variant]
+            values, alike = scores[task, variant], len({max(run.curve) for run in runs}) == 1
             low, high = bootstrap((values,), np.mean, options.resamples, options.confidence)
             each = []
             for run, score in zip(runs, values, strict=True):
                 rows.append((task, variant, run.seed, max(run.curve), number(score), "", ""))
-                each.append(f"{run.seed}: {score:.1f}" + f" at {max(run.curve):,}" * (len(ends) > 1))
+                each.append(f"{run.seed}: {score:.1f}" + f" at {max(run.curve):,}" * (not alike))
             rows.append((task, variant, "mean", "", number(values.mean()), number(low), number(high)))
             interval = "" if np.isnan(low) else f" [{low:.1f}, {high:.1f}]"
+            interval += f" at step {max(runs[0].curve):,}" * (alike and len(ends) > 1)
             print(f"  {variant}: {values.mean():.1f}{interval}  (seed {', '.join(each)})")
         if len(ends) > 1:
             warn(f"runs of {task} end at different steps, from {ends[0]:,} to {ends[-1]:,}")

@@ -157,6 +157,14 @@ def judge_run(run, reach):
     return Result(run, float(np.mean(returns[-LAST:])), float(np.mean(returns)), reached, metres)
 
 
+def warn_of_steps(task, arms):
+    """Warn if the runs of a task have their last evaluations at different steps."""
+    last = {tuple(sorted(result.run.logged)[-LAST:]) for results in arms.values() for result in results}
+    if len(last) > 1:
+        said = ", ".join(f"{steps[0]:,} to {steps[-1]:,}" for steps in sorted(last))
+        warn(f"{task}: the ends of these runs are means over different steps: {said}")
+
+
 def pool_arms(arms, task, options):
     """{factor: (its arms, results of all their runs)} of one task, for --pool."""
     pools = {}
@@ -292,6 +300,7 @@ def main():
         tasks.setdefault(run.task, {}).setdefault(run.variant, []).append(judge_run(run, options.reach))
     mains, pairs, factors = main_comparisons(options, tasks), [], {}
     for task, arms in tasks.items():
+        warn_of_steps(task, arms)
         for names in itertools.combinations(arms, 2):
             pairs.append(compare(task, names, tuple(arms[name] for name in names), set(names) in mains))
         pools = pool_arms(arms, task, options)
