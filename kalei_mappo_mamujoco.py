@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from experiment import processes
 from experiment.checkpoints import check_resumed, read_checkpoint, restore_checkpoint, write_checkpoint
-from experiment.command_line import check_ranges, fail, require
+from experiment.command_line import check_flag_names, check_ranges, fail, require
 from experiment.films import open_viewer, save_film
 from experiment.hardware import device_type, keep_freed_memory, resolve_precision
 from experiment.mask_pictures import log_mask_shares, log_masks
@@ -585,7 +585,7 @@ def evaluate(actor, envs, seed, watch=None):
 # ---- Command line ----
 def parse_args(argv=None):
     """(args, checkpoint or None), tuned values filled in. Checked is what would go wrong late or without a word."""
-    args, checkpoint = tyro.cli(Args, args=argv), None
+    args, checkpoint = tyro.cli(Args, args=check_flag_names(argv, Args)), None
     if args.resume is not None:
         checkpoint = read_checkpoint(args.resume, Args)
         args = check_resumed(tyro.cli(Args, args=argv, default=checkpoint["args"]), checkpoint)
@@ -598,7 +598,8 @@ def parse_args(argv=None):
     rows, parts = args.rollout_steps * args.num_envs, args.num_minibatches
     require(parts <= rows, f"--num-minibatches is {parts}, expected at most the {rows} steps of a rollout")
     # bfloat16 has to be asked for: on Ant, two of three seeds ended below all those of float32
-    args.precision = resolve_precision(args.precision, device_type(args.device), auto_bfloat16=False)
+    if args.evaluate is None:  # a model has a precision of its own
+        args.precision = resolve_precision(args.precision, device_type(args.device), auto_bfloat16=False)
     return args, checkpoint
 
 

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from experiment import processes
 from experiment.checkpoints import check_resumed, read_checkpoint, restore_checkpoint, write_checkpoint
-from experiment.command_line import check_ranges, fail, require
+from experiment.command_line import check_flag_names, check_ranges, fail, require
 from experiment.films import open_viewer, save_film
 from experiment.hardware import device_type, keep_freed_memory, require_memory, resolve_precision
 from experiment.mask_pictures import log_mask_shares, log_masks
@@ -560,7 +560,7 @@ def evaluate(actor, envs, seed, watch=None):
 # ---- Command line ----
 def parse_args(argv=None):
     """(args, checkpoint or None), tuned values filled in. Checked is what would go wrong late or without a word."""
-    args, checkpoint = tyro.cli(Args, args=argv), None
+    args, checkpoint = tyro.cli(Args, args=check_flag_names(argv, Args)), None
     if args.resume is not None:
         checkpoint = read_checkpoint(args.resume, Args)
         args = check_resumed(tyro.cli(Args, args=argv, default=checkpoint["args"]), checkpoint)
@@ -575,7 +575,8 @@ def parse_args(argv=None):
     require(steps > warmup, f"--total-timesteps is {steps}, expected more than --warmup-steps {warmup}")
     expected = f"at most the {stored} transitions that the warm-up stores"
     require(args.batch_size <= stored, f"--batch-size is {args.batch_size}, expected {expected}")
-    args.precision = resolve_precision(args.precision, device_type(args.device))
+    if args.evaluate is None:  # a model has a precision of its own
+        args.precision = resolve_precision(args.precision, device_type(args.device))
     return args, checkpoint
 
 
