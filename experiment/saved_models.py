@@ -37,9 +37,9 @@ def load_actor(path, env_id, device, actor_class, args_class, precision="auto"):
     Fails if another script made the model, or if env_id is not None or the model's.
     """
     path, model = read_model(path, device)
-    check_identity(model, args_class, path)
     with refuse_damage(path, EXPECTED):
         state, critic, flags = (dict(model[name]) for name in ("actor", "critic", "args"))
+        check_identity(model, args_class, path)
         flags = {field.name: flags[field.name] for field in dataclasses.fields(args_class) if field.name in flags}
         args = check_args(flags, args_class, [*state.values(), *critic.values()], "hidden_size num_critics", path)
         bounds = (state["low"].cpu().numpy(), state["high"].cpu().numpy())

@@ -10,7 +10,7 @@ from experiment.command_line import fail, warn
 
 
 class StopSignals:
-    """Keeps the first SIGINT or SIGTERM in `received`, for the loop to end after its round. A second one ends at once."""
+    """Keeps the first SIGINT or SIGTERM in `received`: the loop then ends after its round. A second one kills."""
 
     def __init__(self):
         self.received = None

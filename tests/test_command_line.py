@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import kalei_mappo_mamujoco
 import kalei_matd3_mamujoco as script
 from experiment import checkpoints, command_line, run_folder, saved_models
+from experiment.code_identity import identity
 
 SCRIPT = Path(script.__file__)
 # crosses the warm-up, policy updates, both resets and two evaluations
@@ -65,7 +66,9 @@ def test_hyperparameters_are_logged_as_resolved(trained):
     n_step, policy_freq = script.TUNED.get(env_id, script.UNTUNED)
     for row in (f"|env_id|{env_id}|", f"|n_step|{n_step}|", f"|policy_freq|{policy_freq}|", "|batch_size|32|"):
         assert row in table
-    assert len(re.findall(r"^\|\w+\|.*\|$", table, re.M)) == 1 + len(script.Args.__dataclass_fields__)
+    for name, value in identity(script.Args).items():
+        assert f"|{name}|{value}|" in table
+    assert len(re.findall(r"^\|\w+\|.*\|$", table, re.M)) == 3 + len(script.Args.__dataclass_fields__)
 
 
 def test_a_saved_model_evaluates_as_it_did_in_training(trained, tmp_path):
@@ -217,6 +220,43 @@ def test_mistakes_end_with_exit_code_2_before_anything_is_made(arguments, capsys
     assert not list(tmp_path.iterdir()), "a refused run left files behind"
 
 
+NAMES = {  # flags of CleanRL and HARL, and what either script says to them
+    "--learning-rate 3e-4": ("--actor-lr or --critic-lr", "--lr"),
+    "--learning_rate=3e-4": ("--actor-lr or --critic-lr", "--lr"),
+    "--num-steps 5": ("--train-interval", "--rollout-steps"),
+    "--update-epochs 5": ("--updates-per-round", "--num-epochs"),
+    "--clip-coef 0.2": (None, "--clip"),
+    "--ent-coef 0": (None, "--entropy-coef"),
+    "--tau 0.1": ("--polyak", None),
+    "--learning-starts 5": ("--warmup-steps", None),
+    "--n-rollout-threads 5": ("--num-envs", "--num-envs"),
+    "--num-env-steps 5": ("--total-timesteps", "--total-timesteps"),
+    "--no-cuda": ("--device", "--device"),
+    "--wandb-project-name x": ("--track", "--track"),
+}
+
+
+@pytest.mark.parametrize("arguments", NAMES)
+@pytest.mark.parametrize("algorithm", [script, kalei_mappo_mamujoco])
+def test_flags_of_other_projects_are_led_to_ours(algorithm, arguments, capsys):
+    expected = NAMES[arguments][algorithm is kalei_mappo_mamujoco]
+    with pytest.raises(SystemExit) as stop:
+        algorithm.parse_args(arguments.split())
+    err = capsys.readouterr().err
+    flag = re.match("[a-z_-]+", arguments)[0]
+    assert stop.value.code == 2 and flag in err
+    assert expected is None or one_line(err) and f"{flag} is no flag of this script, expected {expected} (" in err, err
+
+
+@pytest.mark.parametrize("algorithm", [script, kalei_mappo_mamujoco])
+def test_right_flags_are_met_with_silence(algorithm, capsys):
+    flags = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(algorithm.Args)]
+    flags += ["--no-track", "--num_envs=5", "--exp-name", "tau", "learning-rate", "-3"]
+    assert command_line.check_flag_names(flags, algorithm.Args) is flags
+    assert command_line.check_flag_names(["--tau"], dataclasses.make_dataclass("Args", ["polyak", "tau"])) == ["--tau"]
+    assert capsys.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("algorithm", [script, kalei_mappo_mamujoco])
 def test_every_number_of_a_script_has_a_range(algorithm):
     flags = dataclasses.fields(algorithm.Args)
@@ -360,6 +400,39 @@ def test_a_model_is_evaluated_with_its_own_flags_or_refused(trained, tmp_path):
         assert code == 2 and one_line(err) and f"{flag} is {other}, expected {own} beside --evaluate" in err and not out
     code, out, err = run_main(script, *evaluate, "--episode-limit", 30, "--hidden-size", 32, cwd=tmp_path)
     assert code == 0 and "1 episodes" in out, err
+
+
+@pytest.mark.parametrize(
+    ("made", "asked", "native", "expected"),
+    [
+        ("bfloat16", "auto", True, "bfloat16"),
+        ("bfloat16", "auto", False, "float32"),
+        ("bfloat16", "float32", True, "float32"),
+        ("float32", "auto", True, "float32"),
+        ("float32", "bfloat16", True, "bfloat16"),
+        ("tf32", "auto", True, "float32"),
+    ],
+)
+def test_evaluation_keeps_the_models_precision_unless_told_otherwise(
+    made, asked, native, expected, tmp_path, make_learner, monkeypatch
+):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    saved_models.save_model(str(tmp_path), make_learner(env_id="Hopper-v2-3x1", precision=made), 0)
+    used = []
+
+    def make_env(args, seed, num_envs):
+        used.append(args.precision)
+        return EpisodesOfChosenLength(num_envs)
+
+    def evaluate(actor, envs, seed, watch):
+        used.append("bfloat16" if actor.bfloat16 else "no bfloat16")
+        return np.ones(1), np.ones(1)
+
+    args, _ = script.parse_args(["--evaluate", str(tmp_path), "--device", "cpu", "--precision", asked])
+    saved_models.evaluate_model(args, torch.device("cpu"), script.Actor, make_env, evaluate)
+    assert used == [expected, "bfloat16" if expected == "bfloat16" else "no bfloat16"]
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_flags_win_over_tuned_values():

@@ -14,7 +14,9 @@ from run_scripts import curves, one_line, run_main, run_process, scalars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import kalei_mappo_mamujoco as script
+import kalei_matd3_mamujoco
 from experiment import checkpoints, saved_models
+from experiment.code_identity import identity
 
 SCRIPT = Path(script.__file__)
 # rollouts of 40 steps: crosses time limits in mid-rollout, both resets and two evaluations
@@ -84,7 +86,9 @@ def test_hyperparameters_are_logged_as_resolved(trained):
     clip = dict(zip(script.TUNED_FLAGS, script.TUNED.get(env_id, script.UNTUNED), strict=True))["clip"]
     for row in (f"|sharing|{sharing}|", f"|clip|{clip}|", "|rollout_steps|10|"):
         assert row in table
-    assert len(re.findall(r"^\|\w+\|.*\|$", table, re.M)) == 1 + len(script.Args.__dataclass_fields__)
+    for name, value in identity(script.Args).items():
+        assert f"|{name}|{value}|" in table
+    assert len(re.findall(r"^\|\w+\|.*\|$", table, re.M)) == 3 + len(script.Args.__dataclass_fields__)
 
 
 def test_a_saved_model_evaluates_as_it_did_in_training(trained, tmp_path):
@@ -212,7 +216,8 @@ def test_evaluating_what_is_not_a_model(content, tmp_path, capsys, monkeypatch):
     if content == "foreign":
         checkpoints.write(path, {"weights": torch.zeros(3)})
     elif content == "of the other script":
-        checkpoints.write(path, {"actor": {}, "critic": {}, "args": {"n_step": 5}, "global_step": 0})
+        model = {"actor": {}, "critic": {}, "args": {"n_step": 5}, "global_step": 0}
+        checkpoints.write(path, model | identity(kalei_matd3_mamujoco.Args))
     elif content == "truncated":
         saved_models.save_model(str(tmp_path), make_learner(), 0)
         path.write_bytes(path.read_bytes()[:-1000])

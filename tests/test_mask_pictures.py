@@ -250,7 +250,7 @@ def test_script_draws_no_picture_of_a_network_without_masks(run, models, tmp_pat
     "what, complaint",
     [
         ("missing", "No such file"),
-        ("folder", "Is a directory"),
+        ("folder", "model.pt/model.pt: No such file"),
         ("text", "not as it was written; expected a model that --save-model wrote"),
         ("tensor", "; expected a model that --save-model wrote"),
         ("no layers", "ValueError: no masked layers; expected a model that --save-model wrote"),

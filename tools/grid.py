@@ -265,7 +265,9 @@ def run_all(jobs, options):
             number, job = waiting.pop(0)
             line = f"[{number}/{len(jobs)}] {job.name}"
             log, why_not = claim(job)
-            action, folder, what = look_up(job, options.accept_other_code) if log is not None else ("refuse", None, why_not)
+            action, folder, what = (
+                look_up(job, options.accept_other_code) if log is not None else ("refuse", None, why_not)
+            )
             if action in ("start", "resume"):
                 what += f", see {job.log}"
                 # its own process group, so that Ctrl-C reaches the run only once, from here
