@@ -26,8 +26,8 @@ def require(condition, message):
 
 # flags of CleanRL and HARL, and after each the flags of our scripts in its place
 FLAGS_ELSEWHERE = """
-    learning-rate lr actor-lr critic-lr | num-steps rollout-steps train-interval | clip-coef clip | tau polyak
-    update-epochs num-epochs updates-per-round | ent-coef entropy-coef | learning-starts warmup-steps | cuda device
+    learning-rate lr actor-lr critic-lr | num-steps rollout-steps train-interval | clip-coef clip | tau polyak |
+    update-epochs num-epochs updates-per-round | ent-coef entropy-coef | learning-starts warmup-steps | cuda device |
     n-rollout-threads num-envs | num-env-steps total-timesteps | wandb-project-name track
 """
 # {allowed range in words: (test of a number, flags of either script that must pass it)}; NaN never passes
