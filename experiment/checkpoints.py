@@ -11,10 +11,10 @@ import dataclasses
 import glob
 import hashlib
 import os
-import pickle
 import time
 import typing
-import zipfile
+from pickle import UnpicklingError
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from experiment.processes import any_process, rank_and_size
 
 FORMAT = 5
 DIGEST = "sha256"
+SIZES = "hidden_size num_critics deque_len num_envs"
 REPLAY_ARRAYS = ("state", "actions", "reward", "terminated", "ended")
 # flags that --resume may change, since they do not change what the run has learnt so far
 MAY_CHANGE = {"resume", "total_timesteps", "device", "num_threads", "cudagraph", "compile", "track", "render"}
@@ -57,10 +58,7 @@ def write(path, content):
 
 
 def read(path, device="cpu"):
-    """The dict that `write` wrote, with its tensors on the device. ValueError if the file has changed since.
-
-    On the CPU, tensors stay in the file until they are used: a replay buffer takes no second place in memory.
-    """
+    """The dict that `write` wrote, with its tensors on the device. ValueError if the file has changed since."""
     digest = hashlib.new(DIGEST)
     left = os.stat(path).st_size - digest.digest_size
     if left < 0:  # also a pipe or a device, which may have no end
@@ -71,6 +69,7 @@ def read(path, device="cpu"):
             left -= 2**20
         if digest.digest() != file.read(digest.digest_size):
             raise ValueError("not as it was written")
+    # mmap: on the CPU, tensors stay in the file until they are used, so a replay buffer is not in memory twice
     content = torch.load(path, map_location=device, weights_only=True, mmap=True)
     if not isinstance(content, dict):
         raise ValueError(f"holds a {type(content).__name__}")
@@ -83,12 +82,11 @@ def refuse_damage(path, expected):
 
     Where a file is damaged decides which error it raises. Other errors, as of changed networks, keep their traceback.
     """
-    torchs = (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile)
     try:
         yield
-    except (OSError, EOFError, LookupError, TypeError, ValueError, *torchs) as error:
-        if isinstance(error, (NotImplementedError, RecursionError)):  # these RuntimeErrors do not come from reading
-            raise
+    except (NotImplementedError, RecursionError):  # the RuntimeErrors that do not come from reading
+        raise
+    except (OSError, EOFError, LookupError, TypeError, ValueError, RuntimeError, UnpicklingError, BadZipFile) as error:
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {str(error).split(chr(10))[0]}"
         if "loading state_dict" in reason:
             reason = "its networks have other names or shapes than this code's: another version of the code wrote it"
@@ -105,10 +103,9 @@ def has_type(value, kind):
 
 
 def check_args(values, args_class, tensors, sizes, path):
-    """args_class(**values), of values from the file `path`. Refuses a value that no flag allows.
+    """args_class(**values), of values from the file `path`. Refuses values that no flag allows.
 
-    Refuses also one of `sizes`, names of flags, that no dimension of `tensors` reaches: building a network of that size
-    might fill the memory.
+    Also refuses a flag among `sizes` that exceeds all dimensions of the file's tensors: its networks might fill memory.
     """
     for name, kind in typing.get_type_hints(args_class).items():
         if name in values and not has_type(values[name], kind):
@@ -183,11 +180,8 @@ def read_checkpoint(run_folder, args_class):
         differing = {field.name for field in dataclasses.fields(args_class)} ^ set(checkpoint["args"])
         if differing:
             raise ValueError(f"{', '.join(sorted(differing))}: flags of this script or of the run's, but not of both")
-        tensors, sizes = (
-            [*checkpoint["learner"].values(), checkpoint["obs"]],
-            "hidden_size num_critics deque_len num_envs",
-        )
-        args = check_args(checkpoint["args"], args_class, tensors, sizes, path)
+        tensors = [*checkpoint["learner"].values(), checkpoint["obs"]]
+        args = check_args(checkpoint["args"], args_class, tensors, SIZES, path)
     return checkpoint | {"args": args, "path": path}
 
 
@@ -229,9 +223,8 @@ def restore_checkpoint(checkpoint, learner, envs, replay=None):
         for optimizer, state in zip(learner.optimizers, copy.deepcopy(checkpoint["optimizers"]), strict=True):
             # options such as capturable belong to this device
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        envs.set_state(
-            {k: x.numpy().copy() if isinstance(x, torch.Tensor) else x for k, x in checkpoint["envs"].items()}
-        )
+        state = checkpoint["envs"].items()
+        envs.set_state({name: x.numpy().copy() if isinstance(x, torch.Tensor) else x for name, x in state})
         if replay is not None:
             unpack_replay(replay, checkpoint["replay"])
         torch.set_rng_state(checkpoint["random"]["cpu"])
