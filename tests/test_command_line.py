@@ -161,7 +161,7 @@ def test_evaluation_counts_one_episode_of_every_environment(make_learner):
     assert [length.tolist() for length in watched] == [[0.0] * 6], "environment 0's first episode has one step"
 
 
-MISTAKES = {
+MISTAKES_MATD3 = {
     "--env-id Ant-v2-3x3": "3x3",
     "--env-id Spot-v2-4x2": "Spot-v2-4x2",
     "--env-id manyagent_swimmer-0x2": "0x2",
@@ -196,7 +196,7 @@ MISTAKES = {
     "--evaluate no/such/model.pt": "no/such/model.pt",
     "--resume no/such/run": "no/such/run",
 }
-TYROS = {
+TYROS_MATD3 = {
     "--nstep 5": "--nstep",
     "--n-step many": "many",
     "--n-step": "--n-step",
@@ -206,17 +206,63 @@ TYROS = {
 }
 
 
-@pytest.mark.parametrize("arguments", [*MISTAKES, *TYROS])
-def test_mistakes_end_with_exit_code_2_before_anything_is_made(arguments, capsys, tmp_path, monkeypatch):
+MISTAKES_MAPPO = {
+    "--env-id Ant-v2-3x3": "3x3",
+    "--env-id Spot-v2-4x2": "Spot-v2-4x2",
+    "--num-envs 0": "--num-envs is 0",
+    "--seed -1": "--seed is -1",
+    "--total-timesteps -5": "--total-timesteps is -5, expected at least 1",
+    "--gamma 1.5": "--gamma is 1.5, expected from 0 to 1",
+    "--gae-lambda -0.5": "--gae-lambda is -0.5",
+    "--lr nan": "--lr is nan, expected at least 0",
+    "--clip 0": "--clip is 0.0, expected more than 0",
+    "--output-gain 0": "--output-gain is 0.0, expected more than 0",
+    "--threshold-eps 0": "--threshold-eps is 0.0, expected more than 0",
+    "--value-norm-beta 1": "--value-norm-beta is 1.0, expected at least 0 and below 1",
+    "--eval-episodes 0 --render": "--eval-episodes is 0, expected at least 1 beside",
+    "--num-epochs 0": "--num-epochs is 0",
+    "--rollout-steps 0": "--rollout-steps is 0",
+    "--num-minibatches 0": "--num-minibatches is 0",
+    "--num-minibatches 9 --num-envs 4 --rollout-steps 2": "8 steps of a rollout",
+    "--deque-len 0": "--deque-len is 0",
+    "--evaluate no/such/model.pt": "no/such/model.pt",
+    "--resume no/such/run": "no/such/run",
+}
+TYROS_MAPPO = {
+    "--nepochs 5": "--nepochs",
+    "--num-epochs many": "many",
+    "--clip": "--clip",
+    "junk": "junk",
+    "--device tpu": "tpu",
+    "--sharing some": "some",
+    "--num-critics 5": "--num-critics",
+    "--lr-decay maybe": "maybe",
+    "--layer-weights 1 2 4": "--layer-weights",
+}
+MISTAKES = {  # {(script, its flags): (our line or tyro's box, what it must say)}
+    (module, arguments): (ours, expected)
+    for module, ours, mistakes in (
+        (script, True, MISTAKES_MATD3),
+        (script, False, TYROS_MATD3),
+        (kalei_mappo_mamujoco, True, MISTAKES_MAPPO),
+        (kalei_mappo_mamujoco, False, TYROS_MAPPO),
+    )
+    for arguments, expected in mistakes.items()
+}
+
+
+@pytest.mark.parametrize(("module", "arguments"), MISTAKES)
+def test_mistakes_end_with_exit_code_2_before_anything_is_made(module, arguments, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(script, "Learner", None)
-    monkeypatch.setattr(script, "StopSignals", lambda: None)  # the tests' own handlers stay
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments.split(" ")])
+    monkeypatch.setattr(module, "Learner", None)
+    monkeypatch.setattr(module, "StopSignals", lambda: None)  # the tests' own handlers stay
+    monkeypatch.setattr(sys, "argv", [module.__file__, *arguments.split(" ")])
     with pytest.raises(SystemExit) as stop:
-        script.main()
+        module.main()
     out, err = capsys.readouterr()
+    ours, expected = MISTAKES[module, arguments]
     assert stop.value.code == 2 and not out, err
-    assert (one_line(err) and MISTAKES[arguments] in err) if arguments in MISTAKES else TYROS[arguments] in err
+    assert expected in err and (one_line(err) or not ours), err
     assert not list(tmp_path.iterdir()), "a refused run left files behind"
 
 
@@ -281,9 +327,11 @@ def test_the_memory_that_is_asked_for_is_what_the_buffer_takes(tmp_path, monkeyp
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_cuda_where_there_is_none(tmp_path):
-    code, _, err = run_main(script, "--device", "cuda", cwd=tmp_path)
-    assert code == 2 and one_line(err) and "--device is cuda" in err
+@pytest.mark.parametrize("module", [script, kalei_mappo_mamujoco])
+def test_cuda_where_there_is_none(module, tmp_path):
+    code, out, err = run_main(module, "--device", "cuda", cwd=tmp_path)
+    assert code == 2 and one_line(err) and "--device is cuda" in err and not out
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_unknown_flag_in_a_process_of_its_own(tmp_path):
@@ -444,14 +492,18 @@ def test_flags_win_over_tuned_values():
     assert (args.n_step, args.policy_freq) == script.UNTUNED
 
 
-def test_help_explains_every_flag(capsys):
+@pytest.mark.parametrize(
+    ("module", "explanation"),
+    [(script, "std of the noise on target actions"), (kalei_mappo_mamujoco, "Adam's epsilon for thresholds")],
+)
+def test_help_explains_every_flag(module, explanation, capsys):
     with pytest.raises(SystemExit) as stop:
-        script.parse_args(["--help"])
+        module.parse_args(["--help"])
     out = capsys.readouterr().out
     assert stop.value.code == 0
-    for name in script.Args.__dataclass_fields__:
+    for name in module.Args.__dataclass_fields__:
         assert "--" + name.replace("_", "-") in out
-    assert "std of the noise on target actions" in " ".join(out.replace("│", "").split())
+    assert explanation in " ".join(out.replace("│", "").split())
 
 
 def test_partial_observations_train_resume_and_evaluate(tmp_path):
