@@ -172,8 +172,7 @@ def make_jobs(options, common_flags):
 
 
 def is_finished(scalars, args):
-    """Whether a run has logged its last checkpoint; without checkpoints, its last evaluation; without both, any last
-    step."""
+    """Whether a run has logged its last checkpoint, without checkpoints its last evaluation, else any last step."""
     last = ["charts/checkpoint_seconds"] * (args.checkpoint_interval > 0) + ["charts/eval_return"]
     curves = [scalars[tag] for tag in last if tag in scalars][:1] or scalars.values()
     return any(max(curve) >= args.total_timesteps for curve in curves)
