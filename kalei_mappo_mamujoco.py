@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from experiment import processes
 from experiment.checkpoints import check_resumed, read_checkpoint, restore_checkpoint, write_checkpoint
-from experiment.command_line import check_ranges, fail, require
+from experiment.command_line import check_flag_names, check_ranges, fail, require
 from experiment.evaluation import evaluate, evaluate_and_save
 from experiment.films import open_viewer
 from experiment.hardware import device_type, keep_freed_memory, resolve_precision
@@ -585,7 +585,7 @@ def make_env(args, seed, num_envs):
 # ---- Command line ----
 def parse_args(argv=None):
     """(args, checkpoint or None), with tuned values. Checks the flags whose mistakes would show up late, or never."""
-    args, checkpoint = tyro.cli(Args, args=argv), None
+    args, checkpoint = tyro.cli(Args, args=check_flag_names(argv, Args)), None
     if args.resume is not None:
         checkpoint = read_checkpoint(args.resume, Args)
         args = check_resumed(tyro.cli(Args, args=argv, default=checkpoint["args"]), checkpoint)
@@ -600,7 +600,8 @@ def parse_args(argv=None):
     rows, parts = args.rollout_steps * args.num_envs, args.num_minibatches
     require(parts <= rows, f"--num-minibatches is {parts}, expected at most the {rows} steps of a rollout")
     # auto never means bfloat16: on Ant, two of three bfloat16 seeds ended below all float32 seeds
-    args.precision = resolve_precision(args.precision, device_type(args.device), auto_bfloat16=False)
+    if args.evaluate is None:  # a model has a precision of its own
+        args.precision = resolve_precision(args.precision, device_type(args.device), auto_bfloat16=False)
     return args, checkpoint
 
 

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from experiment import processes
 from experiment.checkpoints import check_resumed, read_checkpoint, restore_checkpoint, write_checkpoint
-from experiment.command_line import check_ranges, fail, require
+from experiment.command_line import check_flag_names, check_ranges, fail, require
 from experiment.evaluation import evaluate, evaluate_and_save
 from experiment.films import open_viewer
 from experiment.hardware import device_type, keep_freed_memory, require_memory, resolve_precision
@@ -560,7 +560,7 @@ def make_env(args, seed, num_envs):
 # ---- Command line ----
 def parse_args(argv=None):
     """(args, checkpoint or None), with tuned values. Checks the flags whose mistakes would show up late, or never."""
-    args, checkpoint = tyro.cli(Args, args=argv), None
+    args, checkpoint = tyro.cli(Args, args=check_flag_names(argv, Args)), None
     if args.resume is not None:
         checkpoint = read_checkpoint(args.resume, Args)
         args = check_resumed(tyro.cli(Args, args=argv, default=checkpoint["args"]), checkpoint)
@@ -576,7 +576,8 @@ def parse_args(argv=None):
     stored = min((warmup // per_round + 1) * per_round, steps, args.buffer_size)
     expected = f"at most the {stored} transitions stored before the first update (--warmup-steps, --train-interval)"
     require(args.batch_size <= stored, f"--batch-size is {args.batch_size}, expected {expected}")
-    args.precision = resolve_precision(args.precision, device_type(args.device))
+    if args.evaluate is None:  # a model has a precision of its own
+        args.precision = resolve_precision(args.precision, device_type(args.device))
     return args, checkpoint
 
 

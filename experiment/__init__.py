@@ -1,1 +1,1 @@
-"""What surrounds a run, whatever learns in it: one subject a module, none of which knows of losses and updates."""
+"""Everything around a run except the learning. Each module has one subject; none knows of losses and updates."""

@@ -1,5 +1,6 @@
-"""What a user is told: one line on stderr, above the progress bar if there is one. And which flags are possible."""
+"""Warnings and errors: one line on stderr, above the progress bar if there is one. Also the flags' allowed values."""
 
+import dataclasses
 import math
 import sys
 
@@ -7,23 +8,29 @@ from tqdm import tqdm
 
 
 def warn(message):
-    """Something was lost, and the run goes on."""
+    """Say that something was lost or is doubtful. The run continues."""
     tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
 def fail(message, code=2):
-    """End the process. Exit code 2 says that the command line, or a file it names, is not what was expected."""
+    """End the process. Exit code 2: something is wrong with the command line or with a file that it names."""
     tqdm.write(f"error: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(code)
 
 
 def require(condition, message):
-    """Fail unless the condition holds; the message names a value and what was expected."""
+    """Fail unless the condition holds. The message names the value and what was expected."""
     if not condition:
         fail(message)
 
 
-# {what is expected: (whether a number is that, the flags of either script that have to be)}; NaN is never that
+# flags of CleanRL and HARL, and after each the flags of our scripts in its place
+FLAGS_ELSEWHERE = """
+    learning-rate lr actor-lr critic-lr | num-steps rollout-steps train-interval | clip-coef clip | tau polyak |
+    update-epochs num-epochs updates-per-round | ent-coef entropy-coef | learning-starts warmup-steps | cuda device |
+    n-rollout-threads num-envs | num-env-steps total-timesteps | wandb-project-name track
+"""
+# {allowed range in words: (test of a number, flags of either script that must pass it)}; NaN never passes
 RANGES = {
     "at least 1": (
         lambda number: number >= 1,
@@ -47,14 +54,26 @@ RANGES = {
 }
 
 
-def check_ranges(args):
-    """Fail at a flag whose number cannot be meant. None is passed over, and so is a flag that only one script has."""
+def check_ranges(args, where=""):
+    """Fail at a flag whose number is out of range, after `where`. Skips None, and flags that args does not have."""
     for expected, (holds, names) in RANGES.items():
         for name in names.split():
             value = getattr(args, name, None)
             numbers = () if value is None else value if isinstance(value, tuple) else (value,)
             for number in numbers:
-                require(holds(number), f"--{name.replace('_', '-')} is {number}, expected {expected}")
+                require(holds(number), f"{where}--{name.replace('_', '-')} is {number}, expected {expected}")
     for name in ("evaluate", "capture_video", "render"):
         seen = getattr(args, name, None) and args.eval_episodes == 0
-        require(not seen, f"--eval-episodes is 0, expected at least 1 beside --{name.replace('_', '-')}")
+        require(not seen, f"{where}--eval-episodes is 0, expected at least 1 beside --{name.replace('_', '-')}")
+
+
+def check_flag_names(argv, args_class):
+    """Return argv (None: the command line's). Fail at a flag of CleanRL or HARL, and name the script's own."""
+    own = {field.name.replace("_", "-") for field in dataclasses.fields(args_class)}
+    elsewhere = {names.split()[0]: own.intersection(names.split()) for names in FLAGS_ELSEWHERE.split("|")}
+    for word in sys.argv[1:] if argv is None else argv:
+        flag = word.partition("=")[0]
+        name = flag.replace("_", "-").removeprefix("--no-").removeprefix("--")
+        if flag.startswith("--") and name not in own and elsewhere.get(name):
+            fail(f"{flag} is no flag of this script, expected --{' or --'.join(sorted(elsewhere[name]))} (see --help)")
+    return argv

@@ -1,4 +1,4 @@
-"""What the machine at hand can do."""
+"""What this machine can do: its devices, the precisions that it multiplies in, and its memory."""
 
 import contextlib
 import ctypes
@@ -10,21 +10,25 @@ from experiment.command_line import fail, require, warn
 
 
 def device_type(device):
-    """What auto, cpu or cuda means here: cpu or cuda. Fails where a GPU is asked for and there is none."""
+    """cpu or cuda: what --device auto, cpu or cuda means here. Fails if it asks for a GPU and there is none."""
     if device == "cuda" and not torch.cuda.is_available():
         fail("--device is cuda, expected cpu or auto: PyTorch finds no CUDA device here")
     return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def resolve_precision(precision, kind, auto_bfloat16=True):
-    """What --precision auto means: TF32 on a GPU, bfloat16 where a CPU multiplies it natively, else float32.
+def resolve_precision(precision, kind, auto_bfloat16=True, saved=None):
+    """The precision that --precision means here. auto: TF32 on a GPU; on a CPU bfloat16 if it is native, else float32.
 
-    Without `auto_bfloat16`, float32 on every CPU. Sets PyTorch's products of float32 to TF32 or to full precision.
+    Without `auto_bfloat16`, auto means float32 on every CPU. For a model in precision `saved`, auto means that one if
+    the device has it, else float32. Also sets whether PyTorch multiplies float32 as TF32.
     """
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if precision == "bfloat16" and kind == "cpu" and not native:
+    here = {"bfloat16": native or kind == "cuda", "tf32": kind == "cuda"}
+    if precision == "bfloat16" and not here["bfloat16"]:
         warn("this CPU does not multiply bfloat16 natively: --precision bfloat16 is slow here")
-    if precision == "auto":
+    if precision == "auto" and saved is not None:
+        precision = saved if here.get(saved) else "float32"
+    elif precision == "auto":
         precision = "tf32" if kind == "cuda" else "bfloat16" if native and auto_bfloat16 else "float32"
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     return precision
@@ -33,21 +37,21 @@ def resolve_precision(precision, kind, auto_bfloat16=True):
 def keep_freed_memory():
     """Let glibc keep freed memory, since each update allocates tensors of the same sizes again.
 
-    Otherwise each update on the CPU has to get those pages back from the kernel.
+    Otherwise, each update on the CPU gets its pages from the kernel anew.
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its highest value; larger blocks still go back to the kernel
+        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD at its maximum: larger blocks still go back to the kernel
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
 
 
 def require_memory(what, needed, device):
-    """Refuse a buffer larger than memory now: Linux would kill the run only once it has filled. needed: bytes."""
+    """Fail if the device has fewer than `needed` bytes: Linux would kill the run only once it has filled them."""
     if device.type == "cuda":
         there = torch.cuda.mem_get_info(device)[1]
     elif hasattr(os, "sysconf"):
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     else:  # Windows
         return
-    expected = f"at most the {there / 1e9:.1f} GB of memory that there are"
+    expected = f"at most the {there / 1e9:.1f} GB of memory that this device has"
     require(needed <= there, f"{what}, which takes {needed / 1e9:.1f} GB, expected {expected}")

@@ -5,8 +5,8 @@
     writer = SummaryWriter("runs/RUN")
     log_masks(writer, learner, global_step)              # during training
 
-A network has `layers`. Each layer has `weight` W, (out, in) or, if masks do not share it, (M, out, in); `thresholds` s
-(M, out, in); and `masks()` (M, out, in) bool, True where mask k keeps a weight: |W| > sigmoid(s_k).
+A network has `layers`. Each layer has `weight` W (out, in), `thresholds` s (M, out, in) or None, and `masks()`
+(M, out, in) bool, True where mask k keeps a weight: |W| > sigmoid(s_k).
 
 Tensors are reduced on their device, so only small ones come to the host. Nothing here draws random numbers.
 """

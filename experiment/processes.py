@@ -1,9 +1,9 @@
-"""Several processes, started by torchrun, that train one set of networks. Alone, none of this does anything.
+"""Several processes, started by torchrun, that train one set of networks. With one process, none of this does anything.
 
     torchrun --standalone --nproc_per_node=2 kalei_matd3_mamujoco.py
 
-Each process has environments, storage and random numbers of its own. All hold the same networks: they start from the
-same ones, and each step takes the mean of their gradients. The first one, of rank 0, logs, evaluates and saves.
+Each process has its own environments, storage and random numbers. All hold the same networks: they start with the same
+parameters, and each step takes the mean of their gradients. The first process (rank 0) logs, evaluates and saves.
 """
 
 import os
@@ -17,7 +17,7 @@ from experiment.hardware import device_type
 
 
 def setup_processes(device):
-    """(torch.device, rank, number of processes) from auto, cpu or cuda: joins the others that torchrun has started."""
+    """(torch.device, rank, number of processes) from auto, cpu or cuda. Joins the other processes of torchrun."""
     kind = device_type(device)
     if not {"WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
         return torch.device(kind), 0, 1
@@ -39,12 +39,12 @@ def rank_and_size():
 
 
 def seed_of_process(seed, rank):
-    """The first process's is `seed`. All have 32 bits, since PyTorch's generator on the CPU keeps no more."""
+    """`seed` for the first process, others for the others; 32 bits, since PyTorch's CPU generator keeps no more."""
     return seed if rank == 0 else int(np.random.SeedSequence((seed, rank)).generate_state(1)[0])
 
 
 def all_reduce_mean(tensors):
-    """Replace tensors by their means over the processes, in place, in one exchange."""
+    """Replace tensors, in place, by their means over the processes, in one exchange."""
     if not dist.is_initialized():
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
@@ -55,7 +55,7 @@ def all_reduce_mean(tensors):
 
 
 def mean_std(x):
-    """Mean and standard deviation of all entries of x in all processes, each with as many."""
+    """Mean and standard deviation over the entries of x in all processes; x has the same shape in each."""
     if not dist.is_initialized():
         return x.mean(), x.std(correction=0)
     mean, square = moments = torch.stack([x.mean(), x.square().mean()])
@@ -65,14 +65,14 @@ def mean_std(x):
 
 @torch.no_grad()
 def broadcast_parameters(network):
-    """Give all processes the first one's parameters, after each has drawn some of its own."""
+    """Copy the first process's parameters to all processes, after each has drawn random ones."""
     if dist.is_initialized():
         for parameter in network.parameters():
             dist.broadcast(parameter, 0)
 
 
 def broadcast_object(value):
-    """The first process's value in all of them."""
+    """Return the first process's value in all processes."""
     values = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(values)
@@ -80,7 +80,7 @@ def broadcast_object(value):
 
 
 def any_process(condition, device):
-    """Whether the condition holds in one process at least."""
+    """Whether the condition holds in at least one process."""
     if not dist.is_initialized():
         return condition
     holds = torch.tensor(float(condition), device=device)

@@ -1,4 +1,4 @@
-"""The folder of a run, runs/{env_id}__{exp_name}__{seed}__{time}, and what is logged to it for TensorBoard."""
+"""A run's folder, runs/{env_id}__{exp_name}__{seed}__{time}, and the logs in it for TensorBoard."""
 
 import dataclasses
 import functools
@@ -16,15 +16,16 @@ except ImportError:  # Windows
 
 from torch.utils.tensorboard import SummaryWriter
 
+from experiment.code_identity import identity
 from experiment.command_line import fail, warn
 from experiment.processes import broadcast_object, rank_and_size
 
 
 def open_run(args, device, global_step, rank=0):
-    """(run folder, writer): new ones, or with --resume the run's, at the step of its checkpoint.
+    """(run folder, writer): new ones or, with --resume, the run's own, at the step of its checkpoint.
 
-    Prints the folder, the number of processes, the device and all flags that differ from their defaults, tuned values
-    and the precision among them. Of several processes, the first one writes.
+    Logs all flags and the code's identity. Prints the folder, the number of processes, the device, and all flags that
+    differ from their defaults, with tuned values and the precision filled in. Only the first process writes.
     """
     if rank > 0:
         return broadcast_object(None), NoWriter()
@@ -34,11 +35,12 @@ def open_run(args, device, global_step, rank=0):
         start_tracking(args, run_folder)
     if args.resume is not None:
         wait_for_new_name(run_folder)
-        writer = Writer(run_folder, lock, purge_step=global_step + 1)  # TensorBoard then drops what came after it
+        writer = Writer(run_folder, lock, purge_step=global_step + 1)  # TensorBoard then drops all later entries
     else:
         writer = Writer(run_folder, lock)
-        rows = "\n".join(f"|{name}|{value}|" for name, value in dataclasses.asdict(args).items())
-        writer.add_text("hyperparameters", f"|name|value|\n|-|-|\n{rows}")
+    table = dataclasses.asdict(args) | identity(type(args))
+    rows = "\n".join(f"|{name}|{value}|" for name, value in table.items())
+    writer.add_text("hyperparameters", f"|name|value|\n|-|-|\n{rows}", global_step)
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
     changed = [f"{name} {value}" for name, value in vars(args).items() if value != defaults[name] and name != "resume"]
     print(f"{run_folder} on {rank_and_size()[1]} x {device}: {', '.join(changed)}")
@@ -46,7 +48,7 @@ def open_run(args, device, global_step, rank=0):
 
 
 def run_name(args):
-    """The name of a run's folder but for the time at its end."""
+    """The name of a run's folder without the time at its end."""
     return re.sub(r"[^\w.+-]", "_", f"{args.env_id}__{args.exp_name}__{args.seed}")
 
 
@@ -61,13 +63,13 @@ def make_run_folder(args):
         except FileExistsError as error:
             if not os.path.isdir("runs"):
                 fail(f"runs: {error.strerror}, expected a folder to write to")
-            now += 1  # another run started in this second
+            now += 1  # another run has started in this second
         except OSError as error:
             fail(f"{error.filename}: {error.strerror}, expected a folder to write to")
 
 
 def lock_run_folder(run_folder):
-    """Refuse a folder that another process trains in. The lock, an open file, lasts until it is closed."""
+    """Lock the folder, and fail if another process trains in it. Returns an open file: closing it ends the lock."""
     if fcntl is None:
         return None
     lock = os.open(run_folder, os.O_RDONLY)
@@ -82,20 +84,21 @@ def lock_run_folder(run_folder):
 
 
 def wait_for_new_name(run_folder):
-    """TensorBoard reads a run's event files in the order of their names, which begin with the second they were made."""
+    """Wait for a new second (at most 1 s): event files' names start with it, and TensorBoard reads in name order."""
     names = [name.split(".") for name in os.listdir(run_folder) if name.startswith("events.out.tfevents.")]
     time.sleep(min(max(max((int(parts[3]) for parts in names), default=0) + 1 - time.time(), 0), 1))
 
 
 def start_tracking(args, run_folder):
-    """Let Weights & Biases take all that TensorBoard is given; it must be asked before the writer is made."""
-    name = os.path.basename(os.path.normpath(run_folder))
+    """Send all of TensorBoard's entries to Weights & Biases too. Call this before making the writer."""
+    name = os.path.basename(os.path.abspath(run_folder))
     project = os.environ.get("WANDB_PROJECT", "kaleidoscope-mamujoco")
     settings = dict(project=project, name=name, id=name, resume="allow")  # wandb reads WANDB_ENTITY itself
     try:
         import wandb
 
-        wandb.init(**settings, dir=run_folder, sync_tensorboard=True, save_code=True, config=dataclasses.asdict(args))
+        config = dataclasses.asdict(args) | identity(type(args))
+        wandb.init(**settings, dir=run_folder, sync_tensorboard=True, save_code=True, config=config)
     except Exception as error:  # it is not installed, or there is no login
         if args.resume is None:
             shutil.rmtree(run_folder, ignore_errors=True)
@@ -103,7 +106,7 @@ def start_tracking(args, run_folder):
 
 
 class Writer(SummaryWriter):
-    """A SummaryWriter that goes on where a disk is full or a folder gone: entries of a minute are then lost."""
+    """A SummaryWriter that survives a full disk or a deleted folder: it then drops the entries of one minute."""
 
     silent_until = 0.0  # on time.monotonic()
 
@@ -116,7 +119,7 @@ class Writer(SummaryWriter):
             return
         try:
             method(self, *args, **kwargs)
-        except OSError as error:  # of an earlier entry, since a thread writes them
+        except OSError as error:  # an earlier entry failed, since a thread writes them
             warn(f"{self.log_dir}: {error.strerror or error}; training goes on, a minute of its log is lost")
             self.file_writer = self.all_writers = None  # the next entry opens a new file
             self.silent_until = time.monotonic() + 60
@@ -126,7 +129,7 @@ class Writer(SummaryWriter):
     add_histogram = functools.partialmethod(attempt, SummaryWriter.add_histogram)
 
     def add_summary(self, summary, global_step):
-        """Of TensorBoard's own kind, as a film is."""
+        """Write a summary of TensorBoard's own type, such as a film."""
         self.attempt(lambda self: self._get_file_writer().add_summary(summary, global_step))
 
     def close(self):
@@ -137,14 +140,14 @@ class Writer(SummaryWriter):
 
 
 class NoWriter:
-    """Stands in for the writer in all processes but the first."""
+    """The writer of all processes but the first: does nothing."""
 
     def __getattr__(self, name):
         return lambda *args, **kwargs: None
 
 
 def log_episodes(writer, infos, global_step):
-    """Write mean return and length of the episodes that ended in a step, if any did."""
+    """Log mean return and mean length of the episodes that ended in a step, if any did."""
     if "episode" in infos:
         ended, episode = infos["_episode"], infos["episode"]
         writer.add_scalar("charts/episodic_return", episode["r"][ended].mean(), global_step)
@@ -152,20 +155,20 @@ def log_episodes(writer, infos, global_step):
 
 
 def log_evaluation(writer, returns, lengths, global_step):
-    """Write mean and standard deviation of returns (E,) and the mean of lengths (E,). Returns the first two as text."""
+    """Log mean and standard deviation of returns (E,), and the mean of lengths (E,). Returns the first two as text."""
     for name, value in (("return", returns.mean()), ("return_std", returns.std()), ("length", lengths.mean())):
         writer.add_scalar(f"charts/eval_{name}", value, global_step)
     return f"{returns.mean():.1f}+-{returns.std():.1f}"
 
 
 def log_scalars(writer, logs, charts, global_step):
-    """Write `logs`, scalars on the device by name, and charts, plain values by name."""
+    """Log `logs`, {name: scalar on the device}, and `charts`, {name: plain value}."""
     for name, value in (*logs.items(), *((f"charts/{name}", value) for name, value in charts.items())):
         writer.add_scalar(name, float(value), global_step)
 
 
 def reached(interval, previous_step, step):
-    """Whether the steps after previous_step, up to `step`, reached a multiple of `interval`; never if it is 0."""
+    """Whether a multiple of `interval` lies after previous_step and up to `step`; never if `interval` is 0."""
     return interval > 0 and step // interval > previous_step // interval
 
 

@@ -1,4 +1,4 @@
-"""What ends a run before its time: signals, and numbers that are not finite."""
+"""What ends a run early: signals, and numbers that are not finite."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from experiment.command_line import fail, warn
 
 
 class StopSignals:
-    """Remembers the first SIGINT or SIGTERM in `received`, for the loop to end its round; a second one ends at once."""
+    """Keeps the first SIGINT or SIGTERM in `received`: the loop then ends after its round. A second one kills."""
 
     def __init__(self):
         self.received = None
@@ -25,12 +25,12 @@ class StopSignals:
         warn(f"{signal.Signals(number).name}: stopping after this round; a second signal stops at once")
 
     def exit(self):
-        """End with the exit code of the signal, 130 or 143; that of another process counts as SIGTERM."""
+        """Exit with the signal's code, 130 or 143. If only another process got a signal, exit with 143."""
         sys.exit(128 + (self.received or signal.SIGTERM))
 
 
 def stop_if_diverged(learner, logs, num_updates, writer):
-    """End with exit code 1 and a line that names what is not finite: of `logs`, scalars by name, else a parameter."""
+    """Exit with code 1 if a value of `logs`, {name: scalar}, or a parameter is not finite, and name the first such."""
     values = logs | dict(learner.named_parameters())
     finite = torch.stack([torch.isfinite(value).all() for value in values.values()]).tolist()
     if not all(finite):

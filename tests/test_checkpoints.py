@@ -22,6 +22,7 @@ from run_scripts import curves, environment, one_line, run_main
 import kalei_mappo_mamujoco as mappo
 import kalei_matd3_mamujoco as matd3
 from experiment import checkpoints, run_folder
+from experiment.code_identity import identity
 
 SCRIPTS = {"matd3": matd3, "mappo": mappo}
 # blocks of 40 steps up to 640, checkpoints at 320, 600 and 640, resets from 240 at the latest to 480, episodes
@@ -107,8 +108,8 @@ CASES = {  # script, its flags, and the block in which a signal comes, or None f
     "matd3 killed": (matd3, "", None),
     "matd3 stopped, without sharing": (matd3, "--sharing none --updates-per-round 1", 11),
     "matd3 stopped while it warms up": (matd3, "", 3),
-    "mappo killed": (mappo, "--lr-decay False", None),
-    "mappo stopped, learning rates fall": (mappo, "--lr-decay True --total-timesteps 630", 9),
+    "mappo killed": (mappo, "--lr-schedule constant", None),
+    "mappo stopped, learning rates fall": (mappo, "--lr-schedule linear --total-timesteps 630", 9),
 }
 
 
@@ -439,6 +440,56 @@ def test_damage_ends_in_one_line_and_changes_nothing(damage, copied, tmp_path, c
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.parametrize("error", [AttributeError, NotImplementedError])
+def test_mistakes_in_changed_networks_keep_their_traceback(error, copied, monkeypatch):
+    """They do not come from the file."""
+    script, folder = copied
+
+    def load(*arguments, **options):
+        raise error("of a changed network")
+
+    for how, network in (("checkpoint", script.Learner), ("model", script.Actor)):
+        monkeypatch.setattr(network, "load_state_dict", load)
+        with pytest.raises(error, match="of a changed network"):
+            resume_or_evaluate(how, script, folder)
+
+
+def test_networks_of_other_shapes_are_of_another_version(copied):
+    script, folder = copied
+    for how, network, prefix in (("checkpoint", "learner", "actor."), ("model", "actor", "")):
+        content = torch.load(folder / f"{how}.pt", weights_only=True)
+        content[network][f"{prefix}layers.1.scale"] = content[network].pop(f"{prefix}layers.1.weight")
+        assert checkpoints.write(folder / f"{how}.pt", content)
+        code, out, err = resume_or_evaluate(how, script, folder)
+        assert code == 2 and one_line(err) and "another version of the code wrote it" in err and not out, err
+
+
+def test_checkpoints_models_and_their_folders_are_told_apart(copied):
+    script, folder = copied
+    cwd = folder.parent.parent
+    code, out, err = run_main(script, "--evaluate", folder / "checkpoint.pt", "--device", "cpu", cwd=cwd)
+    assert code == 2 and one_line(err) and not out, err
+    assert f"{folder}/checkpoint.pt is a checkpoint, expected a model: --resume {folder} continues" in err
+    results = [
+        run_main(script, "--evaluate", path, "--device", "cpu", "--eval-episodes", 1, cwd=cwd)
+        for path in (folder, folder / "model.pt")
+    ]
+    assert results[0] == results[1] and results[0][0] == 0, results
+    assert train(script, cwd, "--resume", folder / "checkpoint.pt")[0] == 0
+    assert read(folder)["args"]["resume"] == str(folder) and read(folder)["counters"][0] == 640
+
+
+def test_auto_resumes_only_in_the_precision_that_it_means_here(copied, monkeypatch):
+    script, folder = copied
+    own = read(folder)["args"]["precision"]
+    monkeypatch.setattr(script, "resolve_precision", lambda asked, *_, **__: {"auto": "tf32"}.get(asked, asked))
+    flags = ("--device", "cpu", "--precision", "auto")
+    code, _, err = run_main(script, "--resume", folder, *flags, cwd=folder.parent.parent)
+    assert code == 2 and f"--precision auto is tf32 here, expected {own}" in err.splitlines()[-1], err
+    monkeypatch.setattr(script, "resolve_precision", lambda asked, *_, **__: {"auto": own}.get(asked, asked))
+    assert run_main(script, "--resume", folder, *flags, cwd=folder.parent.parent)[0] == 0
+
+
 def test_a_newer_format_is_named(copied, tmp_path, capsys):
     script, folder = copied
     DAMAGE["newer"](script, folder)
@@ -469,11 +520,84 @@ def test_no_flipped_bit_goes_unnoticed_and_changes_what_is_read(stopped, tmp_pat
     assert refused > 40
 
 
+# ---- The code that made a file ----
+def set_identity(path, **identity):
+    """Let a checkpoint or model say that it was made by other code, or with None, nothing at all."""
+    content = {name: x for name, x in torch.load(path, weights_only=True).items() if name not in ("script", "code")}
+    content |= {name: x for name, x in identity.items() if x is not None}
+    assert checkpoints.write(path, content)
+
+
+def resume_or_evaluate(how, script, folder):
+    """(exit code, stdout, stderr) of --resume or --evaluate on a run's folder."""
+    flags = ["--resume", folder] if how == "checkpoint" else ["--evaluate", folder, "--eval-episodes", 1]
+    return run_main(script, *flags, "--device", "cpu", cwd=folder.parent.parent)
+
+
+@pytest.mark.parametrize("how", ["checkpoint", "model"])
+def test_a_file_of_another_script_is_refused_and_both_are_named(how, copied):
+    script, folder = copied
+    set_identity(folder / f"{how}.pt", script="kalei_copy.py", code="0123456789abcdef")
+    before = snapshot(folder)
+    code, out, err = resume_or_evaluate(how, script, folder)
+    assert code == 2 and one_line(err) and not out, err
+    assert f"{folder}/{how}.pt was made by kalei_copy.py, expected a file of {script.__name__}.py" in err
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize("how", ["checkpoint", "model"])
+@pytest.mark.parametrize("case", ["edited", "unknown", "renamed"])
+def test_edited_or_unknown_code_is_warned_of_once(case, how, copied):
+    script, folder = copied
+    own = identity(script.Args)
+    assert own == {key: torch.load(folder / f"{how}.pt", weights_only=True)[key] for key in own}
+    if case == "edited":
+        set_identity(folder / f"{how}.pt", script=own["script"], code="0123456789abcdef")
+    elif case == "unknown":
+        set_identity(folder / f"{how}.pt")
+    else:
+        set_identity(folder / f"{how}.pt", script="of_the_same_code.py", code=own["code"])
+    code, out, err = resume_or_evaluate(how, script, folder)
+    warned = [line for line in re.split(r"[\r\n]", err) if line.startswith("warning: ")]
+    expected = {"edited": "before its code changed", "unknown": "does not say which code made it", "renamed": ""}[case]
+    assert code == 0 and out, err
+    assert len(warned) == (case != "renamed") and expected in "".join(warned), err
+
+
+# ---- Values that no flag allows ----
+WRONG = {
+    "precision": "nonsense",
+    "hidden_size": 10**6,
+    "num_envs": 10**9,
+    "deque_len": 10**9,
+    "seed": "3",
+    "gamma": 1.5,
+    "total_timesteps": 0.5,
+    "layer_weights": (1.0, 2.0),
+    "save_model": 1,
+}
+
+
+@pytest.mark.parametrize("how", ["checkpoint", "model"])
+def test_values_that_no_flag_allows_end_in_one_line(how, copied):
+    script, folder = copied
+    path = folder / f"{how}.pt"
+    content = torch.load(path, weights_only=True)
+    for name, value in WRONG.items():
+        if how == "model" and name in ("num_envs", "deque_len"):  # the actor does not depend on them
+            continue
+        assert checkpoints.write(path, content | {"args": content["args"] | {name: value}})
+        code, out, err = resume_or_evaluate(how, script, folder)
+        assert code == 2 and one_line(err) and str(path) in err, err
+        assert name in err.replace("-", "_"), err
+        assert not out
+
+
 # ---- Arguments ----
 REFUSED = {
     "matd3": "--actor-lr 1e-3|--seed 4|--env-id Walker2d-v2-6x1|--n-step 3|--sharing full|--no-weighted-diversity"
     "|--buffer-size 300|--exp-name other|--layer-weights 1 1 1",
-    "mappo": "--clip 0.2|--sharing none|--lr 1e-3|--lr-decay False|--num-minibatches 1|--layer-weights 1 1 1 1",
+    "mappo": "--clip 0.2|--sharing none|--lr 1e-3|--lr-schedule constant|--num-minibatches 1|--layer-weights 1 1 1 1",
 }
 
 
@@ -604,7 +728,7 @@ def test_a_replay_buffer_comes_back_bit_for_bit(steps):
     loaded = make_replay(ROWS)
     checkpoints.unpack_replay(loaded, saved)
     assert_same_replay(loaded, replay)
-    for step in data[steps:]:  # saved is a copy, and the ring turns on
+    for step in data[steps:]:  # the ring turns on
         replay.add([step])
         loaded.add([step])
         assert_same_replay(loaded, replay)
@@ -623,13 +747,49 @@ def test_a_ring_that_has_not_wrapped_loads_into_a_larger_one(steps, more):
         assert_same_replay(loaded, expected)
 
 
-def test_what_is_saved_of_a_replay_buffer_stays_as_it_was():
-    data = steps_of_data(2 * ROWS)
-    replay = make_replay(ROWS, data[:ROWS])
-    saved, again = (checkpoints.pack_replay(each) for each in (replay, make_replay(ROWS, data[:ROWS])))
-    for step in data[ROWS:]:
-        replay.add([step])
-    assert_same(saved, again, "replay")
+@pytest.mark.parametrize("steps", [1, 4, ROWS])
+def test_a_file_holds_only_the_rows_that_are_filled(steps, tmp_path):
+    replay = make_replay(4000, steps_of_data(steps))
+    assert checkpoints.write(tmp_path / "replay.pt", checkpoints.pack_replay(replay))
+    assert (tmp_path / "replay.pt").stat().st_size < 10_000, "a row takes 220 bytes, all rows 900 kB"
+    assert_same(checkpoints.read(tmp_path / "replay.pt"), checkpoints.pack_replay(replay), "replay")
+
+
+# prints by how many MB a checkpoint of a full replay buffer of 200 MB, and then reading it, raise the memory
+MEASURED = """
+import resource, sys, torch
+from experiment import checkpoints
+from kalei_matd3_mamujoco import Replay
+torch.set_num_threads(1)
+
+def status(name):
+    (line,) = [line for line in open("/proc/self/status") if line.startswith(name)]
+    return int(line.split()[1]) / 1000
+
+replay = Replay(2500, 100, 80, (2, 20), 5, 0.99, torch.device("cpu"))  # 802 bytes a step
+for name in ("state", "next_state", "actions"):
+    getattr(replay, name).normal_()
+replay.next_state[:-1] = replay.state[1:]
+replay.filled.fill_(2500)
+replay.newest.fill_(2499)
+checkpoints.write("warm_up.pt", {"x": torch.zeros(1000)})
+before = status("VmHWM:")
+assert checkpoints.write("replay.pt", {"replay": checkpoints.pack_replay(replay)})
+written = status("VmHWM:")
+anonymous = status("RssAnon:")
+content = checkpoints.read("replay.pt")
+print(written - before, status("RssAnon:") - anonymous, len(content["replay"]["state"]))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_checkpoint_takes_no_second_copy_of_the_replay_buffer(tmp_path):
+    command = [sys.executable, "-c", MEASURED]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    writing, reading, rows = map(float, done.stdout.split())
+    assert (tmp_path / "replay.pt").stat().st_size > 120e6 and rows == 2500
+    assert writing < 60 and reading < 60, (writing, reading)
 
 
 # ---- Divergence ----

@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import kalei_mappo_mamujoco
 import kalei_matd3_mamujoco as script
 from experiment import checkpoints, command_line, run_folder, saved_models
+from experiment.code_identity import identity
 
 SCRIPT = Path(script.__file__)
 # crosses the warm-up, policy updates, both resets and two evaluations
@@ -65,7 +66,9 @@ def test_hyperparameters_are_logged_as_resolved(trained):
     n_step, policy_freq = script.TUNED.get(env_id, script.UNTUNED)
     for row in (f"|env_id|{env_id}|", f"|n_step|{n_step}|", f"|policy_freq|{policy_freq}|", "|batch_size|32|"):
         assert row in table
-    assert len(re.findall(r"^\|\w+\|.*\|$", table, re.M)) == 1 + len(script.Args.__dataclass_fields__)
+    for name, value in identity(script.Args).items():
+        assert f"|{name}|{value}|" in table
+    assert len(re.findall(r"^\|\w+\|.*\|$", table, re.M)) == 3 + len(script.Args.__dataclass_fields__)
 
 
 def test_a_saved_model_evaluates_as_it_did_in_training(trained, tmp_path):
@@ -158,7 +161,7 @@ def test_evaluation_counts_one_episode_of_every_environment(make_learner):
     assert [length.tolist() for length in watched] == [[0.0] * 6], "environment 0's first episode has one step"
 
 
-MISTAKES = {
+MISTAKES_MATD3 = {
     "--env-id Ant-v2-3x3": "3x3",
     "--env-id Spot-v2-4x2": "Spot-v2-4x2",
     "--env-id manyagent_swimmer-0x2": "0x2",
@@ -193,7 +196,7 @@ MISTAKES = {
     "--evaluate no/such/model.pt": "no/such/model.pt",
     "--resume no/such/run": "no/such/run",
 }
-TYROS = {
+TYROS_MATD3 = {
     "--nstep 5": "--nstep",
     "--n-step many": "many",
     "--n-step": "--n-step",
@@ -203,18 +206,101 @@ TYROS = {
 }
 
 
-@pytest.mark.parametrize("arguments", [*MISTAKES, *TYROS])
-def test_mistakes_end_with_exit_code_2_before_anything_is_made(arguments, capsys, tmp_path, monkeypatch):
+MISTAKES_MAPPO = {
+    "--env-id Ant-v2-3x3": "3x3",
+    "--env-id Spot-v2-4x2": "Spot-v2-4x2",
+    "--num-envs 0": "--num-envs is 0",
+    "--seed -1": "--seed is -1",
+    "--total-timesteps -5": "--total-timesteps is -5, expected at least 1",
+    "--gamma 1.5": "--gamma is 1.5, expected from 0 to 1",
+    "--gae-lambda -0.5": "--gae-lambda is -0.5",
+    "--lr nan": "--lr is nan, expected at least 0",
+    "--clip 0": "--clip is 0.0, expected more than 0",
+    "--output-gain 0": "--output-gain is 0.0, expected more than 0",
+    "--threshold-eps 0": "--threshold-eps is 0.0, expected more than 0",
+    "--value-norm-beta 1": "--value-norm-beta is 1.0, expected at least 0 and below 1",
+    "--eval-episodes 0 --render": "--eval-episodes is 0, expected at least 1 beside",
+    "--num-epochs 0": "--num-epochs is 0",
+    "--rollout-steps 0": "--rollout-steps is 0",
+    "--num-minibatches 0": "--num-minibatches is 0",
+    "--num-minibatches 9 --num-envs 4 --rollout-steps 2": "8 steps of a rollout",
+    "--deque-len 0": "--deque-len is 0",
+    "--evaluate no/such/model.pt": "no/such/model.pt",
+    "--resume no/such/run": "no/such/run",
+}
+TYROS_MAPPO = {
+    "--nepochs 5": "--nepochs",
+    "--num-epochs many": "many",
+    "--clip": "--clip",
+    "junk": "junk",
+    "--device tpu": "tpu",
+    "--sharing some": "some",
+    "--num-critics 5": "--num-critics",
+    "--lr-schedule maybe": "maybe",
+    "--layer-weights 1 2 4": "--layer-weights",
+}
+MISTAKES = {  # {(script, its flags): (our line or tyro's box, what it must say)}
+    (module, arguments): (ours, expected)
+    for module, ours, mistakes in (
+        (script, True, MISTAKES_MATD3),
+        (script, False, TYROS_MATD3),
+        (kalei_mappo_mamujoco, True, MISTAKES_MAPPO),
+        (kalei_mappo_mamujoco, False, TYROS_MAPPO),
+    )
+    for arguments, expected in mistakes.items()
+}
+
+
+@pytest.mark.parametrize(("module", "arguments"), MISTAKES)
+def test_mistakes_end_with_exit_code_2_before_anything_is_made(module, arguments, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(script, "Learner", None)
-    monkeypatch.setattr(script, "StopSignals", lambda: None)  # the tests' own handlers stay
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments.split(" ")])
+    monkeypatch.setattr(module, "Learner", None)
+    monkeypatch.setattr(module, "StopSignals", lambda: None)  # the tests' own handlers stay
+    monkeypatch.setattr(sys, "argv", [module.__file__, *arguments.split(" ")])
     with pytest.raises(SystemExit) as stop:
-        script.main()
+        module.main()
     out, err = capsys.readouterr()
+    ours, expected = MISTAKES[module, arguments]
     assert stop.value.code == 2 and not out, err
-    assert (one_line(err) and MISTAKES[arguments] in err) if arguments in MISTAKES else TYROS[arguments] in err
+    assert expected in err and (one_line(err) or not ours), err
     assert not list(tmp_path.iterdir()), "a refused run left files behind"
+
+
+NAMES = {  # flags of CleanRL and HARL, and what either script says to them
+    "--learning-rate 3e-4": ("--actor-lr or --critic-lr", "--lr"),
+    "--learning_rate=3e-4": ("--actor-lr or --critic-lr", "--lr"),
+    "--num-steps 5": ("--train-interval", "--rollout-steps"),
+    "--update-epochs 5": ("--updates-per-round", "--num-epochs"),
+    "--clip-coef 0.2": (None, "--clip"),
+    "--ent-coef 0": (None, "--entropy-coef"),
+    "--tau 0.1": ("--polyak", None),
+    "--learning-starts 5": ("--warmup-steps", None),
+    "--n-rollout-threads 5": ("--num-envs", "--num-envs"),
+    "--num-env-steps 5": ("--total-timesteps", "--total-timesteps"),
+    "--no-cuda": ("--device", "--device"),
+    "--wandb-project-name x": ("--track", "--track"),
+}
+
+
+@pytest.mark.parametrize("arguments", NAMES)
+@pytest.mark.parametrize("algorithm", [script, kalei_mappo_mamujoco])
+def test_flags_of_other_projects_are_led_to_ours(algorithm, arguments, capsys):
+    expected = NAMES[arguments][algorithm is kalei_mappo_mamujoco]
+    with pytest.raises(SystemExit) as stop:
+        algorithm.parse_args(arguments.split())
+    err = capsys.readouterr().err
+    flag = re.match("[a-z_-]+", arguments)[0]
+    assert stop.value.code == 2 and flag in err
+    assert expected is None or one_line(err) and f"{flag} is no flag of this script, expected {expected} (" in err, err
+
+
+@pytest.mark.parametrize("algorithm", [script, kalei_mappo_mamujoco])
+def test_right_flags_are_met_with_silence(algorithm, capsys):
+    flags = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(algorithm.Args)]
+    flags += ["--no-track", "--num_envs=5", "--exp-name", "tau", "learning-rate", "-3"]
+    assert command_line.check_flag_names(flags, algorithm.Args) is flags
+    assert command_line.check_flag_names(["--tau"], dataclasses.make_dataclass("Args", ["polyak", "tau"])) == ["--tau"]
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("algorithm", [script, kalei_mappo_mamujoco])
@@ -241,9 +327,11 @@ def test_the_memory_that_is_asked_for_is_what_the_buffer_takes(tmp_path, monkeyp
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_cuda_where_there_is_none(tmp_path):
-    code, _, err = run_main(script, "--device", "cuda", cwd=tmp_path)
-    assert code == 2 and one_line(err) and "--device is cuda" in err
+@pytest.mark.parametrize("module", [script, kalei_mappo_mamujoco])
+def test_cuda_where_there_is_none(module, tmp_path):
+    code, out, err = run_main(module, "--device", "cuda", cwd=tmp_path)
+    assert code == 2 and one_line(err) and "--device is cuda" in err and not out
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_unknown_flag_in_a_process_of_its_own(tmp_path):
@@ -362,6 +450,39 @@ def test_a_model_is_evaluated_with_its_own_flags_or_refused(trained, tmp_path):
     assert code == 0 and "1 episodes" in out, err
 
 
+@pytest.mark.parametrize(
+    ("made", "asked", "native", "expected"),
+    [
+        ("bfloat16", "auto", True, "bfloat16"),
+        ("bfloat16", "auto", False, "float32"),
+        ("bfloat16", "float32", True, "float32"),
+        ("float32", "auto", True, "float32"),
+        ("float32", "bfloat16", True, "bfloat16"),
+        ("tf32", "auto", True, "float32"),
+    ],
+)
+def test_evaluation_keeps_the_models_precision_unless_told_otherwise(
+    made, asked, native, expected, tmp_path, make_learner, monkeypatch
+):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    saved_models.save_model(str(tmp_path), make_learner(env_id="Hopper-v2-3x1", precision=made), 0)
+    used = []
+
+    def make_env(args, seed, num_envs):
+        used.append(args.precision)
+        return EpisodesOfChosenLength(num_envs)
+
+    def evaluate(actor, envs, seed, watch):
+        used.append("bfloat16" if actor.bfloat16 else "no bfloat16")
+        return np.ones(1), np.ones(1)
+
+    args, _ = script.parse_args(["--evaluate", str(tmp_path), "--device", "cpu", "--precision", asked])
+    saved_models.evaluate_model(args, torch.device("cpu"), script.Actor, make_env, evaluate)
+    assert used == [expected, "bfloat16" if expected == "bfloat16" else "no bfloat16"]
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 def test_flags_win_over_tuned_values():
     assert script.parse_args(["--env-id", "Walker2d-v2-2x3"])[0].n_step == 20
     assert script.parse_args(["--env-id", "Walker2d-v2-2x3"])[0].policy_freq == 8
@@ -371,14 +492,18 @@ def test_flags_win_over_tuned_values():
     assert (args.n_step, args.policy_freq) == script.UNTUNED
 
 
-def test_help_explains_every_flag(capsys):
+@pytest.mark.parametrize(
+    ("module", "explanation"),
+    [(script, "std of the noise on target actions"), (kalei_mappo_mamujoco, "Adam's epsilon for thresholds")],
+)
+def test_help_explains_every_flag(module, explanation, capsys):
     with pytest.raises(SystemExit) as stop:
-        script.parse_args(["--help"])
+        module.parse_args(["--help"])
     out = capsys.readouterr().out
     assert stop.value.code == 0
-    for name in script.Args.__dataclass_fields__:
+    for name in module.Args.__dataclass_fields__:
         assert "--" + name.replace("_", "-") in out
-    assert "std of the noise on target actions" in " ".join(out.replace("│", "").split())
+    assert explanation in " ".join(out.replace("│", "").split())
 
 
 def test_partial_observations_train_resume_and_evaluate(tmp_path):

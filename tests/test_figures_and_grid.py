@@ -1,6 +1,7 @@
 """tools/figures.py against numbers by hand and by NumPy; grid.py with a stub and a real script; publish.py."""
 
 import fcntl
+import importlib
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
+from experiment.code_identity import identity
 from tools import grid
 
 ROOT = Path(grid.__file__).resolve().parent.parent
@@ -52,6 +54,7 @@ class Args:
     checkpoint_interval: int = 0
     total_timesteps: int = 100
     lr: float = 0.5
+    precision: str = "auto"
     then: str = "end"
     evaluate: str | None = None
 
@@ -63,6 +66,7 @@ def parse_args(argv):
             print(f"error: {flag}", file=sys.stderr)
             sys.exit(2)
         setattr(args, name, type(getattr(Args, name))(value) if name != "evaluate" else value)
+    args.precision = args.precision.replace("auto", "float32")
     return args, None
 
 class Envs:
@@ -93,6 +97,7 @@ if __name__ == "__main__":
     sys.exit(7 if args.then == "fail" else 0)
 """
 DEFAULTS = dict(env_id="A", exp_name="x", seed=1, checkpoint_interval=100_000, total_timesteps=100, lr=0.5, then="end")
+DEFAULTS |= dict(precision="float32", script="stub_of_a_script.py")
 
 
 @pytest.fixture
@@ -102,6 +107,8 @@ def in_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", sys.path[:])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(DEFAULTS, "code", identity(importlib.import_module("stub_of_a_script").Args)["code"])
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield tmp_path
     sys.modules.pop("stub_of_a_script", None)
@@ -182,6 +189,63 @@ def test_what_is_finished_is_skipped_and_what_is_not_is_resumed(run_grid, in_fol
 
     code, out, _ = run_grid("--env-ids", "A", "--seeds", 6, "--variants", "x=", "--checkpoint-interval", 0)
     assert code == 0 and "finished before" in out, "without checkpoints, the last evaluation comes last"
+
+
+OTHER_CODE = {  # what a run says of its code, the grid's message, and what it does with --accept-other-code
+    "edited": ({"code": "0123"}, "was made by stub_of_a_script.py before its code changed", "accepted"),
+    "old": ({"script": None, "code": None}, "does not say which code made it", "accepted"),
+    "another": (
+        {"script": "original.py", "code": "0123"},
+        "was made by original.py, expected a file of stub",
+        "refused",
+    ),
+    "renamed": ({"script": "original.py"}, None, None),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_CODE)
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_of_other_code_is_neither_skipped_nor_resumed_in_silence(case, finished, run_grid, in_folder):
+    changes, message, accepted = OTHER_CODE[case]
+    table = {name: value for name, value in (DEFAULTS | changes).items() if value is not None}
+    folder = write_run(in_folder / "runs" / "A__x__1__5", {TAG: {100 if finished else 50: 0}}, table)
+    (folder / "checkpoint.pt").touch()
+    flags = ["--env-ids", "A", "--seeds", 1, "--variants", "x="]
+    resumed = 0
+    for more in ([], ["--accept-other-code"]):
+        code, out, err = run_grid(*flags, *more)
+        done = message is None or bool(more) and accepted == "accepted"
+        resumed += done and not finished
+        assert code == (not done) and not err and (message or "") in out, out
+        assert ("finished before" in out, "resumes runs/A__x__1__5" in out) == (
+            done and finished,
+            done and not finished,
+        )
+        assert ("--accept-other-code" in out) == (not done and accepted == "accepted")
+        assert len(calls(in_folder)) == resumed
+    assert [path.name for path in (in_folder / "runs").glob("A__*")] == ["A__x__1__5"]
+
+
+def test_a_run_that_went_on_with_edited_code_is_of_both(run_grid, in_folder):
+    folder = write_run(in_folder / "runs" / "A__x__1__5", {TAG: {50: 0}}, DEFAULTS | {"code": "0123"})
+    write_run(folder, {TAG: {100: 0}}, DEFAULTS, purge_step=51)
+    assert grid.read_events(folder)[0]["code"] == f"0123, {DEFAULTS['code']}"
+    code, out, _ = run_grid("--env-ids", "A", "--seeds", 1, "--variants", "x=")
+    assert code == 1 and "before its code changed" in out
+
+
+@pytest.mark.parametrize(("made", "flags"), [("bfloat16", ""), ("bfloat16", "float32"), ("float32", "tf32")])
+@pytest.mark.parametrize("finished", [True, False])
+def test_precision_is_what_was_asked_for(made, flags, finished, run_grid, in_folder):
+    """The stub's auto means float32."""
+    curve = {TAG: {100 if finished else 50: 0}}
+    folder = write_run(in_folder / "runs" / "A__x__1__5", curve, DEFAULTS | {"precision": made})
+    (folder / "checkpoint.pt").touch()
+    grid_flags = ["--env-ids", "A", "--seeds", 1, "--variants", "x=", "--"]
+    code, out, _ = run_grid(*grid_flags, *(["--precision", flags] if flags else []))
+    assert code == 1 and f"was made with --precision {made}, expected {flags or 'float32'}" in out
+    code, out, _ = run_grid(*grid_flags, "--precision", made)
+    assert code == 0 and ("finished before" if finished else "resumes") in out
 
 
 def test_a_run_that_another_process_holds_is_left_alone(run_grid, in_folder):

@@ -1,5 +1,6 @@
 """What masks share, compared with plain loops; its pictures and how TensorBoard gets them; tools/ that read masks."""
 
+import dataclasses
 import io
 import math
 import random
@@ -28,10 +29,10 @@ from tools import masks as script
 from tools import one_mask
 
 
-def network(masks=5, sizes=((9, 6), (6, 3), (3, 1)), bias=0.0, own=False):
+def network(masks=5, sizes=((9, 6), (6, 3), (3, 1)), bias=0.0, sharing="kaleidoscope"):
     """An object with `layers`; by default, about a third of the weights is masked."""
     torch.manual_seed(0)
-    return SimpleNamespace(layers=[MaskedLinear(masks, *size, 4.0, bias, own) for size in sizes])
+    return SimpleNamespace(layers=[MaskedLinear(masks, *size, sharing, 4.0, bias) for size in sizes])
 
 
 @pytest.fixture(scope="module")
@@ -70,16 +71,15 @@ def run(monkeypatch, capsys, tmp_path):
 
 
 # ---- What masks share ----
-@pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("masks", [1, 2, 5])
-def test_shares_equal_plain_loops_over_masks_and_weights(masks, own):
-    layer = network(masks, own=own).layers[0]
+def test_shares_equal_plain_loops_over_masks_and_weights(masks):
+    layer = network(masks).layers[0]
     counts, different = [0] * (masks + 1), [[0] * masks for _ in range(masks)]
     for row in range(6):
         for column in range(9):
             kept = []
             for k in range(masks):
-                weight = (layer.weight[k] if own else layer.weight)[row, column].item()
+                weight = layer.weight[row, column].item()
                 kept.append(abs(weight) > 1 / (1 + math.exp(-layer.thresholds[k, row, column].item())))
             counts[sum(kept)] += 1
             for i in range(masks):
@@ -100,9 +100,9 @@ def test_sample_takes_part_of_every_column():
 
 
 # ---- Pictures ----
-@pytest.mark.parametrize("masks, own", [(1, False), (2, True), (5, False), (17, False)])
-def test_panels_show_the_numbers_of_each_layer(masks, own):
-    net = network(masks, own=own)
+@pytest.mark.parametrize("masks", [1, 2, 5, 17])
+def test_panels_show_the_numbers_of_each_layer(masks):
+    net = network(masks)
     axes = np.reshape(mask_pictures.draw(net, "actor").axes, (3, 3))
     for layer, (differences, thresholds, kept_by) in zip(net.layers, axes, strict=True):
         matrix = 100 * mask_pictures.difference_matrix(layer).numpy()
@@ -127,9 +127,9 @@ def test_layers_share_the_scale_of_each_column():
     assert end > max(bar.get_height() for ax in axes[:, 2] for bar in ax.patches)
 
 
-@pytest.mark.parametrize("masks, own", [(1, False), (3, True), (8, False)])
-def test_weights_have_the_colours_of_the_masks_that_keep_them(masks, own):
-    net = network(masks, own=own)
+@pytest.mark.parametrize("masks", [1, 3, 8])
+def test_weights_have_the_colours_of_the_masks_that_keep_them(masks):
+    net = network(masks)
     *panels, line = (ax.images[0].get_array() for ax in mask_pictures.draw_weights(net, "actor").axes)
     kept = net.layers[0].masks().numpy()
     assert len(panels) == masks and line.shape == (masks, 6 * 9, 3)
@@ -164,9 +164,8 @@ def test_nothing_is_cut_off_in_the_picture_of_weights(masks):
         assert not any(box.overlaps(other) for other in boxes[:i])
 
 
-@pytest.mark.parametrize("own", [False, True])
-def test_histogram_counts_every_mask_and_weight_in_its_cell(own):
-    net = network(own=own)
+def test_histogram_counts_every_mask_and_weight_in_its_cell():
+    net = network()
     layer, panel = net.layers[0], mask_pictures.draw(net, "actor").axes[1]
     counts, (low, high) = panel.collections[0].get_array(), panel.get_xlim()
     sizes = layer.weight.abs().log10().expand_as(layer.thresholds)
@@ -222,7 +221,7 @@ def test_matplotlib_waits_for_the_first_picture_and_pyplot_stays_out():
         from kalei_matd3_mamujoco import MaskedLinear
         assert "matplotlib" not in sys.modules, "imported with the module"
         class Network:
-            layers = [MaskedLinear(2, 3, 4, 4.0, 0.0)]
+            layers = [MaskedLinear(2, 3, 4, "kaleidoscope", 4.0, 0.0)]
         mask_pictures.draw(Network, "actor").canvas.draw()
         assert "matplotlib" in sys.modules and "matplotlib.pyplot" not in sys.modules
     """
@@ -255,10 +254,9 @@ def test_log_masks_writes_picture_histograms_and_shares(tmp_path):
         assert event.step == 7 and event.value == pytest.approx((keep == count).float().mean().item())
 
 
-@pytest.mark.parametrize("own", [False, True])
-def test_a_network_without_masks_writes_nothing(own):
+@pytest.mark.parametrize("net", [network(sharing="full"), network(sharing="none"), network(bias=1000.0)])
+def test_a_network_without_masks_writes_nothing(net):
     writer = SimpleNamespace()  # whatever is called on it fails
-    net = network(bias=mappo.UNMASKED, own=own)
     mask_pictures.log_masks(writer, SimpleNamespace(actor=net, critic=net), 0)
 
 
@@ -298,7 +296,7 @@ def test_script_draws_no_picture_of_a_network_without_masks(run, models, tmp_pat
     "what, complaint",
     [
         ("missing", "No such file"),
-        ("folder", "Is a directory"),
+        ("folder", "model.pt/model.pt: No such file"),
         ("text", "not as it was written; expected a model that --save-model wrote"),
         ("tensor", "; expected a model that --save-model wrote"),
         ("no layers", "ValueError: no masked layers; expected a model that --save-model wrote"),
@@ -353,14 +351,15 @@ def test_one_mask_for_all_is_full_sharing_of_its_weights(hopper, run):
     algorithm, args, envs, actor, path = hopper
     code, out, err = run(path, "--eval-episodes", 3, main=one_mask.main)
     assert (code, err) == (0, "")
-    plain = algorithm.Actor(actor.layers[0].weight.shape[1], actor.low.numpy(), actor.high.numpy(), args)
-    plain.load_state_dict(actor.state_dict())
-    expected = [algorithm.evaluate(plain, envs, 1)[0]]
+    sizes = (actor.layers[0].weight.shape[1], actor.low.numpy(), actor.high.numpy())
+    plain = algorithm.Actor(*sizes, dataclasses.replace(args, sharing="full"))
+    rest = {name: x for name, x in actor.state_dict().items() if "thresholds" not in name and name != "log_std"}
+    plain.load_state_dict(rest, strict=False)  # evaluations do not need log_std
+    expected = [algorithm.evaluate(actor, envs, 1)[0]]
     for agent in range(3):
         for layer, masked in zip(plain.layers, actor.layers, strict=True):
             size = masked.weight.abs() - torch.sigmoid(masked.thresholds[agent])
             layer.weight.data = torch.where(size > 0, size * masked.weight.sign(), 0.0)
-            layer.thresholds.data.fill_(-mappo.UNMASKED)
         expected.append(algorithm.evaluate(plain, envs, 1)[0])
     names = ["each its own", "all agent 0's", "all agent 1's", "all agent 2's"]
     lines = [

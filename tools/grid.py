@@ -1,18 +1,18 @@
-"""Run a grid of tasks, variants and seeds: skip what is finished, resume what is not, go on where a run fails.
+"""Run a grid of tasks, variants and seeds. Skip finished runs, resume unfinished ones, continue when one fails.
 
     OMP_NUM_THREADS=1 python tools/grid.py --env-ids Ant-v2-4x2 HalfCheetah-v2-2x3 --seeds 1 2 3 --workers 2 \
         --variants "kaleidoscope=" "full=--sharing full" "none=--sharing none" \
         -- --total-timesteps 2000000 --num-threads 1
     python tools/grid.py --env-ids Ant-v2-4x2 --slurm -- --total-timesteps 10000000 > ant.sh && sbatch ant.sh
 
-What follows `--` goes to all runs. A run's --exp-name is the name of its variant, so that its folder is
-runs/{env_id}__{variant}__{seed}__{time}; what it prints goes to runs/grid_logs. The same command, given again, goes on
-where the last one was stopped: it skips a run that has logged its last checkpoint (without checkpoints, its last
-evaluation), resumes one with a checkpoint and starts any other anew. A run that was made with other flags is neither
-skipped nor resumed, but counts as failed.
+Flags after `--` go to all runs. A run's --exp-name is the name of its variant, so its folder is
+runs/{env_id}__{variant}__{seed}__{time}. Its output goes to runs/grid_logs. Give the same command again, and the grid
+continues: it skips a run that has logged its last checkpoint (without checkpoints, its last evaluation), resumes a run
+that has a checkpoint, and starts all others anew. It neither skips nor resumes a run that was made with other flags, by
+another script or before the code changed: such a run counts as failed. --accept-other-code accepts changed code.
 
-Ctrl-C or SIGTERM goes on to the runs, which then write checkpoints and end; a second one stops them at once. Exit code
-1 if a run has failed, 130 or 143 after a signal, 2 for a mistake in a flag, before anything is started. Not on Windows.
+Ctrl-C or SIGTERM goes on to the runs: they write checkpoints and end. A second one stops them at once. Exit code: 1 if
+a run failed, 130 or 143 after a signal, 2 for a wrong flag, before anything starts. Not on Windows.
 """
 
 import dataclasses
@@ -35,17 +35,18 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from experiment.checkpoints import MAY_CHANGE  # noqa: E402
+from experiment.code_identity import compare  # noqa: E402
 from experiment.command_line import fail, require  # noqa: E402
 from experiment.run_folder import run_name  # noqa: E402
 
 RUN_NAME = re.compile(r"(?P<env_id>.+?)__(?P<exp_name>.+)__(?P<seed>\d+)__(?P<time>\d+)")
 LOGS = Path("runs", "grid_logs")
-MAY_DIFFER = {"exp_name", "precision", *MAY_CHANGE}  # --precision auto depends on the machine
-logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of every resumed run
+MAY_DIFFER = {"exp_name", *MAY_CHANGE}
+logging.getLogger("tensorboard").setLevel(logging.ERROR)  # TensorBoard warns about every resumed run
 
 SLURM = """\
 #!/bin/bash
-# sbatch takes what else your cluster asks for: sbatch --time 24:00:00 --gres gpu:1 --cpus-per-task 8 THIS_FILE
+# give sbatch what your cluster needs as well: sbatch --time 24:00:00 --gres gpu:1 --cpus-per-task 8 THIS_FILE
 #SBATCH --job-name={name}
 #SBATCH --array=0-{last}
 #SBATCH --chdir={folder}
@@ -54,8 +55,8 @@ SLURM = """\
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@120
 
-# Two minutes before the time limit, the run is told to write a checkpoint and to end, and is queued again. A SIGTERM,
-# as of a preemption, reaches the run without this shell, which then only waits.
+# Two minutes before the time limit, this shell tells the run to write a checkpoint and to end, and queues it again.
+# At a preemption, SIGTERM reaches the run directly, and this shell only waits.
 again=
 trap 'again=1; kill -TERM "$run"' USR1
 trap : TERM
@@ -73,26 +74,28 @@ class Options:
     env_ids: tuple[str, ...] = ()
     """tasks"""
     variants: tuple[str, ...] = ("kaleidoscope=", "full=--sharing full", "none=--sharing none")
-    """what is compared, each as NAME=FLAGS"""
+    """variants to compare, each as NAME=FLAGS"""
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     """seeds of every variant on every task"""
     script: Path = ROOT / "kalei_mappo_mamujoco.py"
-    """which script trains"""
+    """the script that trains"""
     workers: int = 1
-    """runs side by side; OMP_NUM_THREADS and the runs' --num-threads say how many cores each of them takes"""
+    """runs at a time; OMP_NUM_THREADS and the runs' --num-threads say how many cores each run takes"""
     checkpoint_interval: int = 100_000
-    """environment steps between two checkpoints of a run; 0 writes none, and a stopped run then starts anew"""
+    """environment steps between two checkpoints of a run; 0: none, so a stopped run starts anew"""
+    accept_other_code: bool = False
+    """also skip and resume runs whose script has changed since, or that do not say which code made them"""
     dry_run: bool = False
-    """print the commands and do nothing"""
+    """only print the commands"""
     slurm: bool = False
-    """print an array job for sbatch, one index a run, and do nothing else"""
+    """only print an array job for sbatch, with one index per run"""
     only: int | None = None
-    """become the run with this number, from 0, in the foreground; what the array job does"""
+    """become the run with this number (from 0), in the foreground; the array job uses it"""
 
 
 @dataclasses.dataclass
 class Job:
-    """One run of the grid, with its flags and what the script makes of them."""
+    """One run of the grid, its flags, and the arguments that the script reads from them."""
 
     name: str
     flags: list[str]
@@ -106,19 +109,23 @@ class Job:
 def read_events(folder):
     """({name: value} of the hyperparameters, {tag: {step: value}}) of a run's event files.
 
-    Those of a resumed run are merged as TensorBoard does it: a later file wins from the step it was resumed at.
+    Merges the files of a resumed run as TensorBoard does: from the step of the resume, the later file wins. Its
+    hyperparameters win too, but `code` names every code that the run was made with.
     """
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0}).Reload()
     hyperparameters, tags = {}, events.Tags()
     if "hyperparameters/text_summary" in tags["tensors"]:
-        table = events.Tensors("hyperparameters/text_summary")[0].tensor_proto.string_val[0].decode()
-        for line in table.splitlines()[2:]:  # a value may hold a bar
-            name, _, hyperparameters[name] = line.strip().removeprefix("|").removesuffix("|").partition("|")
+        codes = []
+        for event in events.Tensors("hyperparameters/text_summary"):
+            for line in event.tensor_proto.string_val[0].decode().splitlines()[2:]:  # a value may hold a bar
+                name, _, hyperparameters[name] = line.strip().removeprefix("|").removesuffix("|").partition("|")
+            codes += [hyperparameters[name] for name in ("code",) if hyperparameters.get(name) not in (None, *codes)]
+        hyperparameters |= {"code": ", ".join(codes)} if codes else {}
     return hyperparameters, {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in tags["scalars"]}
 
 
 def make_jobs(options, common_flags):
-    """All jobs of the grid, flags and tasks checked by the script itself; with --only, that one alone."""
+    """All jobs of the grid, or --only one. The script itself checks flags and tasks."""
     interval, script = options.checkpoint_interval, options.script.resolve()
     require(options.workers >= 1, f"--workers is {options.workers}, expected at least 1")
     require(interval >= 0, f"--checkpoint-interval is {interval}, expected at least 0")
@@ -153,7 +160,7 @@ def make_jobs(options, common_flags):
             fail("--resume or --evaluate is among the runs' flags, expected neither: the grid resumes by itself")
         if (args.env_id, args.exp_name, args.seed) != (env_id, name, seed):
             fail(f"--env-id, --exp-name or --seed is among the flags of {name}, expected none: the grid sets them")
-        if (env_id, name) not in checked:  # a run would find a wrong task only when its turn comes
+        if (env_id, name) not in checked:  # otherwise a run would refuse a wrong task only when its turn comes
             module.make_env(args, seed, num_envs=1).close()
             checked.add((env_id, name))
         job = Job(run_name(args), flags, args)
@@ -165,33 +172,39 @@ def make_jobs(options, common_flags):
 
 
 def is_finished(scalars, args):
-    """Whether a run has logged what comes last: its last checkpoint, else its last evaluation, else any last step."""
+    """Whether a run has logged its last checkpoint and its last evaluation, as far as it has them, or any last step."""
     last = ["charts/checkpoint_seconds"] * (args.checkpoint_interval > 0) + ["charts/eval_return"]
-    curves = [scalars[tag] for tag in last if tag in scalars][:1] or scalars.values()
-    return any(max(curve) >= args.total_timesteps for curve in curves)
+    curves = [scalars[tag] for tag in last if tag in scalars]
+    test = all if curves else any
+    return test(max(curve) >= args.total_timesteps for curve in curves or scalars.values())
 
 
-def look_up(job):
-    """(action, folder, what to say of it), where the action is "skip", "resume", "start" or "refuse"."""
+def look_up(job, accept_other_code):
+    """(action, folder, message), where the action is "skip", "resume", "start" or "refuse"."""
     found = [path for path in Path("runs").glob(f"{job.name}__*") if path.name.rpartition("__")[0] == job.name]
     found = [path for path in found if RUN_NAME.fullmatch(path.name)]
-    resumable = None
+    resumable, advice = None, "rename the variant or move the folder away"
     for folder in sorted(found, key=lambda path: int(path.name.rpartition("__")[2]), reverse=True):  # the newest first
         hyperparameters, scalars = read_events(folder)
         finished = is_finished(scalars, job.args)
         if not finished and not (folder / "checkpoint.pt").exists():
             continue
+        another_script, difference = compare(hyperparameters, type(job.args))
+        if another_script:
+            return "refuse", None, f"{folder} {difference}: {advice}"
         for name, value in dataclasses.asdict(job.args).items():
-            before = hyperparameters.get(name, str(value))  # older code may have had no such flag
+            before = hyperparameters.get(name, str(value))  # older code may lack this flag
             if before != str(value) and name not in MAY_DIFFER:
                 flag = f"--{name.replace('_', '-')}"
-                advice = "rename the variant or move the folder away"
                 return "refuse", None, f"{folder} was made with {flag} {before}, expected {value}: {advice}"
+        if difference and not accept_other_code:
+            return "refuse", None, f"{folder} {difference}: {advice}, or accept it with --accept-other-code"
+        note = f"{folder}, which {difference}" if difference else folder
         if finished:
-            return "skip", folder, f"finished before, in {folder}"
-        resumable = resumable or folder
+            return "skip", folder, f"finished before, in {note}"
+        resumable = resumable or (folder, note)
     if resumable:
-        return "resume", resumable, f"resumes {resumable}"
+        return "resume", resumable[0], f"resumes {resumable[1]}"
     return "start", None, f"starts anew, {max(found)} has no checkpoint" if found else "starts"
 
 
@@ -201,7 +214,7 @@ def make_command(job, options, action, folder):
 
 
 def claim(job):
-    """(log, None), a file descriptor, locked for as long as we or the run hold it; or (None, why there is none)."""
+    """(log, None), a file descriptor, locked while the grid or the run holds it; or (None, the reason)."""
     try:
         LOGS.mkdir(parents=True, exist_ok=True)
         log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -218,7 +231,7 @@ def claim(job):
 
 
 def print_array_job(options, argv, num_jobs):
-    """The file for sbatch. In it, this command with --only."""
+    """Print the file for sbatch, which runs this command with --only."""
     require(options.only is None, f"--only is {options.only}, expected nothing beside --slurm")
     end = argv.index("--") if "--" in argv else len(argv)
     again = [flag for flag in argv[:end] if flag != "--slurm"] + argv[end:]
@@ -230,9 +243,9 @@ def print_array_job(options, argv, num_jobs):
 
 
 def become(job, options):
-    """Replace this process by the run, so that signals reach it alone, and its exit code is the run's."""
+    """Replace this process by the run: signals reach the run alone, and its exit code becomes ours."""
     log, why_not = claim(job)
-    action, folder, what = look_up(job) if log is not None else ("refuse", None, why_not)
+    action, folder, what = look_up(job, options.accept_other_code) if log is not None else ("refuse", None, why_not)
     print(f"{job.name}: {what}", flush=True)
     if action in ("skip", "refuse"):
         sys.exit(action == "refuse")
@@ -242,7 +255,7 @@ def become(job, options):
 
 
 def run_all(jobs, options):
-    """Keep --workers runs going until all have ended, or a signal comes. Returns the exit code."""
+    """Keep --workers runs going until all have ended or a signal comes. Returns the exit code."""
     received, told = [], 0
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: received.append(number))
@@ -252,10 +265,12 @@ def run_all(jobs, options):
             number, job = waiting.pop(0)
             line = f"[{number}/{len(jobs)}] {job.name}"
             log, why_not = claim(job)
-            action, folder, what = look_up(job) if log is not None else ("refuse", None, why_not)
+            action, folder, what = (
+                look_up(job, options.accept_other_code) if log is not None else ("refuse", None, why_not)
+            )
             if action in ("start", "resume"):
                 what += f", see {job.log}"
-                # in a group of its own, so that Ctrl-C reaches it once, from here
+                # its own process group, so that Ctrl-C reaches the run only once, from here
                 streams = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
                 process = subprocess.Popen(make_command(job, options, action, folder), **streams)
                 running.append((line, job, process, time.monotonic()))
@@ -284,7 +299,7 @@ def run_all(jobs, options):
 
 
 def last_line(path):
-    """What a run said last, without the progress bar that goes on in the same line."""
+    """The last line of a run's log, without the progress bar on the same line."""
     lines = path.read_text(errors="replace").replace("\r", "\n").splitlines()
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
@@ -298,7 +313,7 @@ def main():
         print_array_job(options, argv, len(jobs))
     elif options.dry_run:
         for job in jobs:
-            action, folder, what = look_up(job)
+            action, folder, what = look_up(job, options.accept_other_code)
             command = make_command(job, options, action, folder)
             print(f"# {job.name}: {what}" if action in ("skip", "refuse") else shlex.join(command))
     elif options.only is not None:

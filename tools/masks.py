@@ -19,10 +19,12 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from experiment.checkpoints import read, refuse_damage  # noqa: E402
+from experiment.checkpoints import refuse_damage  # noqa: E402
+from experiment.code_identity import check_identity  # noqa: E402
 from experiment.command_line import fail, require  # noqa: E402
 from experiment.mask_pictures import difference_matrix, draw, draw_weights, kept_by, masks_act  # noqa: E402
-from kalei_matd3_mamujoco import MaskedLinear  # noqa: E402
+from experiment.saved_models import EXPECTED, read_model  # noqa: E402
+from tools.one_mask import script_of  # noqa: E402
 
 
 @dataclasses.dataclass
@@ -30,21 +32,24 @@ class Options:
     """Show what the masks of a saved model share."""
 
     model: tyro.conf.Positional[Path]
-    """a file that --save-model wrote"""
+    """a file that --save-model wrote, or its folder"""
+    script: Path | None = None
+    """the script that made it; default: the file of that name in the repository"""
     out: Path = Path("masks")
     """beginning of the pictures' names: OUT_actor_weights.png, OUT_actor.png and the same of the critic"""
     scale: int = 2
-    """size of the pictures: 1 as in TensorBoard, 2 or 3 for paper"""
+    """size of the pictures: 1 as in TensorBoard, 2 or 3 for print"""
 
 
-def masked_layers(state):
-    """The masked layers of a network, of either script, from its state_dict: both name and shape them alike."""
+def masked_layers(state, layer_class):
+    """The masked layers of a network, from its state_dict: both scripts name and shape them alike."""
     layers = []
-    while f"layers.{len(layers)}.thresholds" in state:
+    while f"layers.{len(layers)}.weight" in state:
         prefix = f"layers.{len(layers)}."
         own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        masks, outputs, inputs = own["thresholds"].shape
-        layer = MaskedLinear(masks, inputs, outputs, 0.0, 0.0, own=own["weight"].dim() == 3)
+        weight, masks = own["weight"], len(own.get("thresholds", (None,)))
+        sharing = "none" if weight.dim() == 3 else "kaleidoscope" if "thresholds" in own else "full"
+        layer = layer_class(masks, weight.shape[-1], weight.shape[-2], sharing, 0.0, 0.0)
         layer.load_state_dict(own)
         layers.append(layer)
     if not layers:
@@ -52,15 +57,17 @@ def masked_layers(state):
     return layers
 
 
-def read_networks(path):
-    """{"actor": network, "critic": network} of a file that save_model wrote, each with its `layers` only."""
-    with refuse_damage(path, "a model that --save-model wrote"):
-        model = read(path)
-        return {name: SimpleNamespace(layers=masked_layers(model[name])) for name in ("actor", "critic")}
+def read_networks(path, script=None):
+    """{"actor": network, "critic": network} of a saved model, each with its `layers` only."""
+    module, (path, model) = script_of(path, script), read_model(path)
+    with refuse_damage(path, EXPECTED):
+        layers = {name: masked_layers(model[name], module.MaskedLinear) for name in ("actor", "critic")}
+    check_identity(model, module.Args, path)
+    return {name: SimpleNamespace(layers=layers[name]) for name in layers}
 
 
 def table_rows(name, network):
-    """Cells of text, a row a layer."""
+    """One row of text cells per layer."""
     for i, layer in enumerate(network.layers, start=1):
         masks, outputs, inputs = layer.thresholds.shape
         masked = 1 - layer.masks().float().mean()
@@ -72,7 +79,7 @@ def table_rows(name, network):
 def main():
     options = tyro.cli(Options)
     require(1 <= options.scale <= 10, f"--scale is {options.scale}, expected an integer from 1 to 10")
-    networks = read_networks(options.model)
+    networks = read_networks(options.model, options.script)
     masked = {name: network for name, network in networks.items() if masks_act(network)}
     if not masked:
         fail(f"{options.model}: a model without masks, expected one trained with --sharing kaleidoscope")

@@ -2,10 +2,10 @@
 
     python tools/one_mask.py runs/RUN/model.pt
 
-Prints a line for the agents' own masks, and one for each mask with all agents under it: mean and standard deviation
-of the returns of deterministic episodes, which start alike in every line. The agents are still told apart by the id in
-their observations, and by that alone. Where the lines agree, the masks might as well be one, however much they differ
-(tools/masks.py says how much). For models of both scripts.
+Prints a line for the agents' own masks, and a line for each mask with all agents wearing it: mean and standard
+deviation of the returns of deterministic episodes, which start alike in every line. Then only the id in its
+observations tells an agent who it is. If the lines agree, one mask would do as well, however much the masks differ
+(tools/masks.py says how much). For models of both scripts and of their copies.
 """
 
 import dataclasses
@@ -18,10 +18,11 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from experiment.checkpoints import read, refuse_damage  # noqa: E402
+from experiment.checkpoints import refuse_damage  # noqa: E402
+from experiment.code_identity import ROOT  # noqa: E402
 from experiment.command_line import require  # noqa: E402
 from experiment.mask_pictures import masks_act  # noqa: E402
-from experiment.saved_models import load_actor  # noqa: E402
+from experiment.saved_models import EXPECTED, load_actor, read_model  # noqa: E402
 
 
 @dataclasses.dataclass
@@ -29,23 +30,30 @@ class Options:
     """Evaluate a saved model with one mask for all agents."""
 
     model: tyro.conf.Positional[Path]
-    """a file that --save-model wrote"""
+    """a file that --save-model wrote, or its folder"""
+    script: Path | None = None
+    """the script that made it; default: the file of that name in the repository"""
     eval_episodes: int = 40
-    """episodes a line"""
+    """episodes per line"""
     num_threads: int = 1
-    """threads of the processor"""
+    """threads on the CPU"""
 
 
-def script_of(path):
-    """The module of the script that wrote a model."""
-    with refuse_damage(path, "a model that --save-model wrote"):
-        algorithm = "mappo" if "output_gain" in read(path)["args"] else "matd3"
-    return importlib.import_module(f"kalei_{algorithm}_mamujoco")
+def script_of(path, script=None):
+    """The module of the script that made a model, or of `script`. Guesses it for models that do not name theirs."""
+    _, model = read_model(path)
+    with refuse_damage(path, EXPECTED):
+        guess = "mappo" if "output_gain" in dict(model.get("args", {})) else "matd3"
+        name = Path(str(model.get("script", f"kalei_{guess}_mamujoco.py"))).name
+    file = script or ROOT / name
+    require(file.is_file(), f"{path} was made by {name}, expected it in {ROOT} or with --script: {file} is no file")
+    sys.path.insert(0, str(file.resolve().parent))
+    return importlib.import_module(file.stem)
 
 
 @torch.no_grad()
 def put_on(actor, thresholds, agent):
-    """Give all agents the mask of one, or, where that is None, each its own. thresholds: (N, out, in) of each layer."""
+    """Give all agents the mask of `agent` or, if it is None, each its own. thresholds: for each layer (N, out, in)."""
     for layer, own in zip(actor.layers, thresholds, strict=True):
         layer.thresholds.copy_(own if agent is None else own[agent])
 
@@ -56,7 +64,7 @@ def main():
         value = getattr(options, name)
         require(value >= 1, f"--{name.replace('_', '-')} is {value}, expected at least 1")
     torch.set_num_threads(options.num_threads)
-    script = script_of(options.model)
+    script = script_of(options.model, options.script)
     actor, args = load_actor(options.model, None, torch.device("cpu"), script.Actor, script.Args)
     mode = args.sharing
     require(masks_act(actor), f"{options.model}: trained with --sharing {mode}, expected --sharing kaleidoscope")
