@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from experiment import processes
 from experiment.checkpoints import check_resumed, read_checkpoint, restore_checkpoint, write_checkpoint
-from experiment.command_line import check_flag_names, check_ranges, fail, require
+from experiment.command_line import check_flag_names, check_help, check_ranges, fail, require
 from experiment.evaluation import evaluate, evaluate_and_save
 from experiment.films import open_viewer
 from experiment.hardware import device_type, keep_freed_memory, resolve_precision
@@ -99,12 +99,7 @@ class Args:
     actor_reset_ratio: float = 0.5  # probability of resetting such a weight
     threshold_lr: float = 0.05  # Adam's learning rate for thresholds, which must go far in few updates
     threshold_eps: float = 1e-12  # Adam's epsilon for thresholds: their gradients are up to a million times smaller
-    layer_weights: tuple[float, float, float, float] = (
-        1.0,
-        2.0,
-        4.0,
-        8.0,
-    )  # lambda: layers' weights in L_div
+    layer_weights: tuple[float, float, float, float] = (1.0, 2.0, 4.0, 8.0)  # lambda: weights of layers in L_div
     weighted_diversity: bool = True  # weight a difference of masks by |W|
     deque_len: int = 100  # updates over which losses are averaged for the adaptive coefficient
 
@@ -585,7 +580,7 @@ def make_env(args, seed, num_envs):
 # ---- Command line ----
 def parse_args(argv=None):
     """(args, checkpoint or None), with tuned values. Checks the flags whose mistakes would show up late, or never."""
-    args, checkpoint = tyro.cli(Args, args=check_flag_names(argv, Args)), None
+    args, checkpoint = tyro.cli(Args, args=check_flag_names(check_help(argv, Args), Args)), None
     if args.resume is not None:
         checkpoint = read_checkpoint(args.resume, Args)
         args = check_resumed(tyro.cli(Args, args=argv, default=checkpoint["args"]), checkpoint)

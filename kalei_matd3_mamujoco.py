@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from experiment import processes
 from experiment.checkpoints import check_resumed, read_checkpoint, restore_checkpoint, write_checkpoint
-from experiment.command_line import check_flag_names, check_ranges, fail, require
+from experiment.command_line import check_flag_names, check_help, check_ranges, fail, require
 from experiment.evaluation import evaluate, evaluate_and_save
 from experiment.films import open_viewer
 from experiment.hardware import device_type, keep_freed_memory, require_memory, resolve_precision
@@ -114,7 +114,8 @@ class Args:
     deque_len: int = 100  # policy updates over which losses are averaged for the adaptive coefficients
 
 
-# (n_step, policy_freq) as tuned by the authors, used for v5 tasks too; flags override them
+# tuned by the authors, used for v5 tasks too; flags override them
+TUNED_FLAGS = ("n_step", "policy_freq")
 TUNED = {
     "Ant-v2-4x2": (5, 2),
     "HalfCheetah-v2-2x3": (10, 2),
@@ -560,14 +561,13 @@ def make_env(args, seed, num_envs):
 # ---- Command line ----
 def parse_args(argv=None):
     """(args, checkpoint or None), with tuned values. Checks the flags whose mistakes would show up late, or never."""
-    args, checkpoint = tyro.cli(Args, args=check_flag_names(argv, Args)), None
+    args, checkpoint = tyro.cli(Args, args=check_flag_names(check_help(argv, Args), Args)), None
     if args.resume is not None:
         checkpoint = read_checkpoint(args.resume, Args)
         args = check_resumed(tyro.cli(Args, args=argv, default=checkpoint["args"]), checkpoint)
     if args.env_id is None and args.evaluate is None:
         args.env_id = "Ant-v2-4x2"
-    tuned_values = TUNED.get(str(args.env_id).replace("-v5", "-v2"), UNTUNED)
-    for name, tuned in zip(("n_step", "policy_freq"), tuned_values, strict=True):
+    for name, tuned in zip(TUNED_FLAGS, TUNED.get(str(args.env_id).replace("-v5", "-v2"), UNTUNED), strict=True):
         if getattr(args, name) is None:
             setattr(args, name, tuned)
     check_ranges(args)

@@ -1,8 +1,12 @@
 """Warnings and errors: one line on stderr, above the progress bar if there is one. Also the flags' allowed values."""
 
 import dataclasses
+import inspect
 import math
+import os
 import sys
+import textwrap
+import typing
 
 from tqdm import tqdm
 
@@ -77,3 +81,38 @@ def check_flag_names(argv, args_class):
         if flag.startswith("--") and name not in own and elsewhere.get(name):
             fail(f"{flag} is no flag of this script, expected --{' or --'.join(sorted(elsewhere[name]))} (see --help)")
     return argv
+
+
+def check_help(argv, args_class):
+    """Return argv (None: the command line's). If it asks for --help, print all flags under their headings and exit.
+
+    Headings, explanations and their order come from the source of args_class; tuned values from its module.
+    """
+    if not {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv):
+        return argv
+    module, hints = sys.modules[args_class.__module__], typing.get_type_hints(args_class)
+    defaults = {field.name: field.default for field in dataclasses.fields(args_class)}
+    print(f"{args_class.__doc__}\n\nusage: python {os.path.basename(module.__file__)} [--flag VALUE ...]")
+    for line in inspect.getsource(args_class).splitlines():
+        declaration, _, text = line.strip().partition("# ")
+        name = declaration.partition(":")[0]
+        if text and not declaration:
+            print(f"\n{text}:")
+        elif name in defaults:
+            default, flag = defaults[name], name.replace("_", "-")
+            kinds = [kind for kind in typing.get_args(hints[name]) or [hints[name]] if kind is not type(None)]
+            value = " ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
+            if any(map(typing.get_args, kinds)) or typing.get_origin(hints[name]) is typing.Literal:
+                value = "|".join(choice for kind in kinds for choice in typing.get_args(kind) or [kind])
+            if isinstance(default, bool):
+                start, default = f"--{'no-' * default}{flag}", None
+            else:
+                start = f"--{flag} {value}"
+                default = " ".join(map(str, default)) if isinstance(default, tuple) else default
+            end = "" if default is None else f" [{default}]"
+            print(textwrap.fill(f"{text}{end}", 116, initial_indent=f"  {start:<38} ", subsequent_indent=" " * 41))
+    names = [name.replace("_", "-") for name in module.TUNED_FLAGS]
+    print(f"\ntuned values of --{', --'.join(names)}, by task:")
+    for task, values in {**module.TUNED, "other tasks": module.UNTUNED}.items():
+        print(f"  {task:<22} {', '.join(map(str, values))}")
+    sys.exit(0)

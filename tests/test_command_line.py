@@ -502,8 +502,14 @@ def test_help_explains_every_flag(module, explanation, capsys):
     out = capsys.readouterr().out
     assert stop.value.code == 0
     for name in module.Args.__dataclass_fields__:
-        assert "--" + name.replace("_", "-") in out
-    assert explanation in " ".join(out.replace("│", "").split())
+        flag = name.replace("_", "-")
+        assert f"  --{flag}" in out or f"  --no-{flag}" in out
+    assert explanation in " ".join(out.split()) and "None" not in out
+    for heading in ("run:", "environment:", "speed:", "actor: one mask for each agent:", "tuned values of --"):
+        assert f"\n{heading}" in out
+    assert "--sharing kaleidoscope|full|none " in out and "--agent-obsk int " in out
+    for task, values in module.TUNED.items():
+        assert any(line.split()[:1] == [task] and str(values[0]) in line for line in out.splitlines())
 
 
 def test_partial_observations_train_resume_and_evaluate(tmp_path):
