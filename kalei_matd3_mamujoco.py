@@ -503,9 +503,10 @@ class Learner(nn.Module):
 
     def gradient_norms(self):
         """{name: norm () of the latest gradient}, for the log."""
-        networks = {"critic": self.critic, "actor": self.actor}
-        gradients = {name: [p.grad for p in network.parameters()] for name, network in networks.items()}
-        return {f"losses/{name}_grad_norm": torch.nn.utils.get_total_norm(each) for name, each in gradients.items()}
+        parameters = {"critic": list(self.critic.parameters()), "actor": self.actor_parameters}
+        gradients = {name: [p.grad for p in own if p.grad is not None] for name, own in parameters.items()}
+        norm = torch.nn.utils.get_total_norm
+        return {f"losses/{name}_grad_norm": norm(each) for name, each in gradients.items() if each}
 
     def update(self, batch, with_policy):
         """Update the critic and, if `with_policy`, each agent's policy and the targets. Returns {name: loss}."""
@@ -663,6 +664,7 @@ def main():
             for _ in range(args.updates_per_round):
                 num_updates += 1
                 logs |= updates[num_updates % args.policy_freq == 0]()
+            logs |= learner.gradient_norms()
             stop_if_diverged(learner, logs, num_updates, writer)
             status.pop("warm-up", None)
             status["SPS"] = int((global_step - previous_step) / (time.perf_counter() - round_start))
@@ -670,7 +672,7 @@ def main():
         # log
         if logs and reached(args.log_interval, previous_step, global_step):
             charts = dict(updates=num_updates, unstable_episodes=infos["unstable"], SPS=status["SPS"])
-            log_scalars(writer, logs | learner.gradient_norms(), charts, global_step)
+            log_scalars(writer, logs, charts, global_step)
             log_mask_shares(writer, learner, global_step)
 
         # evaluate, save

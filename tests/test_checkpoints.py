@@ -21,7 +21,7 @@ from run_scripts import curves, environment, one_line, run_main
 
 import kalei_mappo_mamujoco as mappo
 import kalei_matd3_mamujoco as matd3
-from experiment import checkpoints, run_folder
+from experiment import checkpoints, evaluation, run_folder
 from experiment.code_identity import identity
 
 SCRIPTS = {"matd3": matd3, "mappo": mappo}
@@ -306,7 +306,7 @@ def copied(stopped, tmp_path):
 
 def test_a_run_goes_on_where_there_is_no_room_for_its_checkpoints(copied, tmp_path, capsys, monkeypatch):
     script, folder = copied
-    monkeypatch.setattr(script, "log_masks", lambda *arguments: None)  # histograms need room
+    monkeypatch.setattr(evaluation, "log_masks", lambda *arguments: None)  # histograms need room
     before = (folder / "checkpoint.pt").read_bytes()
     with files_of_at_most(30_000):  # events still fit
         code, _ = train(script, tmp_path, "--resume", folder)
@@ -789,7 +789,7 @@ def test_a_checkpoint_takes_no_second_copy_of_the_replay_buffer(tmp_path):
     assert done.returncode == 0, done.stderr
     writing, reading, rows = map(float, done.stdout.split())
     assert (tmp_path / "replay.pt").stat().st_size > 120e6 and rows == 2500
-    assert writing < 60 and reading < 60, (writing, reading)
+    assert writing < 80 and reading < 80, (writing, reading)  # MB; a copy of the buffer takes 160
 
 
 # ---- Divergence ----

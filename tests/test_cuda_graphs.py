@@ -214,7 +214,8 @@ def train_matd3(learner, replay, device, wrap):
             num_updates += 1
             logs |= updates[num_updates % 2 == 0]()
         if number == 6:
-            matd3.reset_actor(learner.actor, 0.5)
+            if learner.actor.masked:
+                matd3.reset_actor(learner.actor, 0.5)
             matd3.reset_critic(learner.critic, 1)
         obs = torch.randn(ENVS, AGENTS, STATE + AGENTS, device=device)
         acted = {"actions": learner.actor.act(obs, layers).detach()}
@@ -253,7 +254,7 @@ def train_mappo(learner, rollout, device, wrap):
         rollout.store([draw_step() for _ in range(6)])
         learner.scale_learning_rates(1 - number / 8)
         logs = update()
-        if number == 5:
+        if number == 5 and learner.actor.masked:
             mappo.reset_actor(learner.actor, 0.5)
         obs = torch.randn(ENVS, AGENTS, STATE + AGENTS, device=device)
         acted = {"actions": learner.actor.act(obs, layers).detach()}

@@ -71,7 +71,7 @@ def make_steps(count):
 def act(script, learner):
     """A step of acting as in main, up to the copy to the host."""
     actor = learner.actor
-    width = actor.layers[0].thresholds.shape[-1]
+    width = actor.layers[0].weight.shape[-1]
     obs = torch.as_tensor(np.zeros((ENVS, AGENTS, width), np.float32), device=META)
     with torch.no_grad():
         layers = actor.effective_layers()
@@ -97,12 +97,13 @@ def train(script, learner, columns=None):
         rollout.store(make_steps(STEPS))
         learner.scale_learning_rates(0.5)
         logs = learner.update(rollout)
-    logs["reset"] = script.reset_actor(learner.actor, 0.5)
     if script is matd3:
         script.reset_critic(learner.critic, 1)
-    for name in ("actor", "critic"):
-        network = getattr(learner, name)
-        logs |= {f"{name} sparsity": sparsity(network), f"{name} difference": mask_difference(network)}
+        logs |= learner.gradient_norms()
+    if learner.actor.masked:
+        logs["reset"] = script.reset_actor(learner.actor, 0.5)
+    for network in filter(lambda network: network.masked, (learner.actor, learner.critic)):
+        logs |= {f"{network} sparsity": sparsity(network), f"{network} difference": mask_difference(network)}
     return logs
 
 

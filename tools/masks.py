@@ -47,9 +47,9 @@ def masked_layers(state, layer_class):
     while f"layers.{len(layers)}.weight" in state:
         prefix = f"layers.{len(layers)}."
         own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        weight, masks = own["weight"], len(own.get("thresholds", (None,)))
-        sharing = "none" if weight.dim() == 3 else "kaleidoscope" if "thresholds" in own else "full"
-        layer = layer_class(masks, weight.shape[-1], weight.shape[-2], sharing, 0.0, 0.0)
+        *masks, outputs, inputs = own.get("thresholds", own["weight"]).shape
+        sharing = "kaleidoscope" if "thresholds" in own else "none" if masks else "full"
+        layer = layer_class(*masks or [1], inputs, outputs, sharing, 0.0, 0.0)
         layer.load_state_dict(own)
         layers.append(layer)
     if not layers:
