@@ -191,8 +191,7 @@ class MaskedMLP(nn.Module):
     """M networks: LayerNorm's scale and shift (inputs are standardised), four masked layers, ReLU, LayerNorm between.
 
     `sharing` is what they have in common: all but the masks (kaleidoscope), everything (full) or nothing (none).
-    Callers
-    compute the effective layers once and pass them in, since these often serve many products.
+    Callers compute the effective layers once and pass them in, since these often serve many products.
     """
 
     def __init__(self, num_masks, sizes, sharing, thresholds, output_gain, precision="float32"):
