@@ -76,7 +76,7 @@ class Args:
     # MAPPO
     sharing: Literal["kaleidoscope", "full", "none"] = "kaleidoscope"  # agents share all but masks, all, or nothing
     log_std: Literal["shared", "agent"] | None = None  # exploration noise; default: shared if --sharing full
-    rollout_steps: int | None = None  # steps per environment in a rollout (T); here to lr_schedule, None: see TUNED
+    rollout_steps: int | None = None  # steps per environment in a rollout (T); tuned, like the flags to lr_schedule
     num_epochs: int | None = None  # passes over a rollout (epochs)
     num_minibatches: int | None = None  # minibatches per pass, one update each
     clip: float | None = None  # clips the probability ratio to 1 +- this, and a value's change to +- this

@@ -333,11 +333,12 @@ class HarlMATD3:
         first, second, third = (linear(layer, agent) for layer in actor.layers)
         return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third, nn.Tanh())
 
-    def scale(self, agent):
-        return (self.high[agent] - self.low[agent]) / 2
+    def scale(self, agent):  # of bounds in float32, as environments give them
+        return ((self.high[agent] - self.low[agent]).float() / 2).double()
 
     def act(self, actors, obs, agent):
-        return actors[agent](obs[:, agent]) * self.scale(agent) + (self.high[agent] + self.low[agent]) / 2
+        centre = ((self.high[agent] + self.low[agent]).float() / 2).double()
+        return actors[agent](obs[:, agent]) * self.scale(agent) + centre
 
     def update(self, batch, noise, with_policy):
         agents, members = range(len(self.actors)), range(self.args.num_critics)
