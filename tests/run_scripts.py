@@ -14,10 +14,22 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
+from torch.utils.tensorboard import SummaryWriter
 
 from experiment import mask_pictures
 
 ROOT = Path(__file__).resolve().parent.parent
+# flags of tiny runs on any task
+# crosses the warm-up, policy updates, both resets and two evaluations
+TINY_MATD3 = "--device cpu --total-timesteps 640 --warmup-steps 200 --batch-size 32 --num-envs 4 --train-interval 10"
+TINY_MATD3 += " --updates-per-round 4 --hidden-size 32 --eval-interval 300 --eval-episodes 3 --episode-limit 30"
+TINY_MATD3 += " --log-interval 100 --actor-reset-interval 150 --critic-reset-interval 100 --actor-threshold-bias 0"
+TINY_MATD3 += " --save-model --checkpoint-interval 300 --num-threads 1"
+# rollouts of 40 steps: crosses time limits in mid-rollout, both resets and two evaluations
+TINY_MAPPO = "--device cpu --total-timesteps 630 --num-envs 4 --rollout-steps 10 --num-epochs 2 --num-minibatches 2"
+TINY_MAPPO += " --hidden-size 32 --eval-interval 300 --eval-episodes 3 --episode-limit 17 --log-interval 100"
+TINY_MAPPO += " --actor-reset-interval 150 --actor-threshold-bias 0 --save-model --num-threads 1"
+TINY_MAPPO += " --checkpoint-interval 300"
 TIMES = ("charts/SPS", "charts/checkpoint_seconds")  # what differs from run to run
 # event files of one second and process are read in the order of this number as text, which 9 and 10 would spoil
 event_file_writer._global_uid = event_file_writer.AtomicCounter(1000)
@@ -90,3 +102,24 @@ def scalars(run_folder):
 def curves(run_folder):
     """The scalars without those that measure time."""
     return {tag: series for tag, series in scalars(run_folder).items() if tag not in TIMES}
+
+
+def write_run(folder, curves, hyperparameters=None, purge_step=None):
+    """Add an event file with {tag: {step: value}} to a run's folder, later in name than those in it."""
+    number = len(list(folder.glob("events*")))
+    writer = SummaryWriter(str(folder), purge_step=purge_step, filename_suffix=".new")
+    if hyperparameters:
+        rows = "\n".join(f"|{name}|{value}|" for name, value in hyperparameters.items())
+        writer.add_text("hyperparameters", f"|name|value|\n|-|-|\n{rows}")
+    for tag, curve in curves.items():
+        for step, value in curve.items():
+            writer.add_scalar(tag, value, step)
+    writer.close()
+    (new,) = folder.glob("*.new")
+    new.rename(folder / f"events.out.tfevents.{number:010d}.name")
+    return folder
+
+
+def clear(err):
+    """Whether a message is one line of ours, or tyro's box."""
+    return len(err.splitlines()) == 1 and err.startswith("error: ") or ("----" in err and "Traceback" not in err)

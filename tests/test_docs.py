@@ -309,7 +309,7 @@ def test_a_copy_with_the_changes_of_the_page_trains(original, copy, text, tmp_pa
 
 # ---- The same thing said in two places ----
 def test_the_page_of_mappo_names_all_that_a_run_logs(tmp_path):
-    """The page of MATD3 has the same test in test_command_line.py."""
+    """The page of MATD3 has the same test in test_matd3_command_line.py."""
     flags = [*TINY.split(), *TINY_OF["kalei_mappo_mamujoco.py"].split(), "--env-id", "HalfCheetah-v2-2x3"]
     flags += ["--episode-limit", 30, "--eval-episodes", 2, "--actor-reset-interval", 150, "--actor-threshold-bias", 0]
     code, _, err = run_main(kalei_mappo_mamujoco, *flags, "--checkpoint-interval", 200, cwd=tmp_path)

@@ -7,33 +7,13 @@ import sys
 
 import numpy as np
 import pytest
+from run_scripts import clear, write_run
 from scipy import stats
 from torch.utils.tensorboard import SummaryWriter
 
 from tools import figures, grid, judge, publish
 
 TAG = "charts/eval_return"
-
-
-def write_run(folder, curves, hyperparameters=None, purge_step=None):
-    """Add an event file with {tag: {step: value}} to a run's folder, later in name than those in it."""
-    number = len(list(folder.glob("events*")))
-    writer = SummaryWriter(str(folder), purge_step=purge_step, filename_suffix=".new")
-    if hyperparameters:
-        rows = "\n".join(f"|{name}|{value}|" for name, value in hyperparameters.items())
-        writer.add_text("hyperparameters", f"|name|value|\n|-|-|\n{rows}")
-    for tag, curve in curves.items():
-        for step, value in curve.items():
-            writer.add_scalar(tag, value, step)
-    writer.close()
-    (new,) = folder.glob("*.new")
-    new.rename(folder / f"events.out.tfevents.{number:010d}.name")
-    return folder
-
-
-def clear(err):
-    """Whether a message is one line of ours, or tyro's box."""
-    return len(err.splitlines()) == 1 and err.startswith("error: ") or ("----" in err and "Traceback" not in err)
 
 
 # ---- figures ----

@@ -1,4 +1,4 @@
-"""tools/figures.py against numbers by hand and by NumPy; grid.py with a stub and a real script; publish.py."""
+"""tools/grid.py with a stub and with a real script."""
 
 import fcntl
 import importlib
@@ -12,34 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
-from torch.utils.tensorboard import SummaryWriter
+from run_scripts import clear, write_run
 
 from experiment.code_identity import identity
 from tools import grid
 
 ROOT = Path(grid.__file__).resolve().parent.parent
 TAG = "charts/eval_return"
-
-
-def write_run(folder, curves, hyperparameters=None, purge_step=None):
-    """Add an event file with {tag: {step: value}} to a run's folder, later in name than those in it."""
-    number = len(list(folder.glob("events*")))
-    writer = SummaryWriter(str(folder), purge_step=purge_step, filename_suffix=".new")
-    if hyperparameters:
-        rows = "\n".join(f"|{name}|{value}|" for name, value in hyperparameters.items())
-        writer.add_text("hyperparameters", f"|name|value|\n|-|-|\n{rows}")
-    for tag, curve in curves.items():
-        for step, value in curve.items():
-            writer.add_scalar(tag, value, step)
-    writer.close()
-    (new,) = folder.glob("*.new")
-    new.rename(folder / f"events.out.tfevents.{number:010d}.name")
-    return folder
-
-
-def clear(err):
-    """Whether a message is one line of ours, or tyro's box."""
-    return len(err.splitlines()) == 1 and err.startswith("error: ") or ("----" in err and "Traceback" not in err)
 
 
 # ---- grid ----

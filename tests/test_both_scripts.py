@@ -1,0 +1,120 @@
+"""What both scripts do alike: the same seed gives the same run, models load or are refused, agents see a part."""
+
+import itertools
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from run_scripts import TINY_MAPPO, TINY_MATD3, curves, one_line, run_main, run_process, scalars
+
+import kalei_mappo_mamujoco as mappo
+import kalei_matd3_mamujoco as matd3
+from experiment import checkpoints, saved_models
+from experiment.code_identity import identity
+
+TINY = {matd3: TINY_MATD3.split(), mappo: TINY_MAPPO.split()}
+each_script = pytest.mark.parametrize("script", [matd3, mappo], ids=["matd3", "mappo"])
+each_sharing = pytest.mark.parametrize("sharing", ["kaleidoscope", "full", "none"])
+
+
+def make_learner(script, **flags):
+    args = script.parse_args([])[0]
+    for name, value in (dict(hidden_size=16) | flags).items():
+        setattr(args, name, value)
+    high = np.ones((3, 2), np.float32)
+    return script.Learner(7, -high, high, args, torch.device("cpu"))
+
+
+@each_script
+@pytest.mark.parametrize("sharing", ["kaleidoscope", "none"])
+def test_the_same_seed_gives_the_same_weights_bit_for_bit(script, sharing, tmp_path):
+    models, logs = [], []
+    for name, seed, run in (("a", 3, run_main), ("b", 3, run_process), ("c", 4, run_main)):
+        cwd = tmp_path / name
+        cwd.mkdir()
+        flags = [*TINY[script], "--sharing", sharing, "--eval-interval", 0, "--seed", seed]
+        code, _, err = run(script, "--env-id", "HalfCheetah-v2-2x3", *flags, cwd=cwd)
+        assert code == 0, err
+        (folder,) = (cwd / "runs").iterdir()
+        models.append(torch.load(folder / "model.pt", weights_only=True))
+        logs.append(curves(folder))
+    for network in ("actor", "critic"):
+        for key, value in models[0][network].items():
+            assert torch.equal(value, models[1][network][key]), key
+        differs = [not torch.equal(value, models[2][network][key]) for key, value in models[0][network].items()]
+        assert any(differs)
+    assert logs[0] == logs[1] != logs[2]
+
+
+@each_script
+def test_speed_is_that_of_the_latest_round(script, tmp_path, monkeypatch):
+    """By a clock whose readings are 0, 1, 4, 9, ... milliseconds. MATD3 reads it once in each round of the warm-up."""
+    clock = itertools.count()
+    monkeypatch.setattr(script, "time", SimpleNamespace(perf_counter=lambda: next(clock) ** 2 / 1000))
+    flags = ["--env-id", "Hopper-v2-3x1", *TINY[script], "--eval-episodes", 0, "--log-interval", 40]
+    code, _, err = run_main(script, *flags, cwd=tmp_path)
+    assert code == 0, err
+    (folder,) = (tmp_path / "runs").iterdir()
+    first, rounds = (5, 11) if script is matd3 else (0, 16)
+    readings = [(first + 2 * number, first + 2 * number + 1) for number in range(rounds)]
+    expected = [40_000 / (end**2 - start**2) for start, end in readings]
+    assert [value for _, value in scalars(folder)["charts/SPS"]] == pytest.approx(expected, abs=1)  # whole numbers
+
+
+@each_script
+@pytest.mark.parametrize("content", [b"", b"no model", "truncated", "a flipped bit", "foreign", "of the other script"])
+def test_evaluating_what_is_not_a_model(script, content, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "model.pt"
+    if content == "foreign":
+        checkpoints.write(path, {"weights": torch.zeros(3)})
+    elif content == "of the other script":
+        model = {"actor": {}, "critic": {}, "args": {"n_step": 5}, "global_step": 0}
+        checkpoints.write(path, model | identity((mappo if script is matd3 else matd3).Args))
+    elif content in ("truncated", "a flipped bit"):
+        saved_models.save_model(str(tmp_path), make_learner(script), 0)
+        whole = path.read_bytes()
+        flipped = whole[:9000] + bytes([whole[9000] ^ 1]) + whole[9001:]
+        path.write_bytes(whole[:-1000] if content == "truncated" else flipped)
+    else:
+        path.write_bytes(content)
+    before = path.read_bytes()
+    monkeypatch.setattr(sys, "argv", [script.__file__, "--evaluate", str(path), "--device", "cpu"])
+    with pytest.raises(SystemExit) as stop:
+        script.main()
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and one_line(err) and str(path) in err, err
+    assert path.read_bytes() == before
+
+
+@each_script
+@each_sharing
+def test_a_saved_actor_loads_as_it_was_and_not_on_another_task(script, sharing, tmp_path, capsys):
+    path, cpu = str(tmp_path / "model.pt"), torch.device("cpu")
+    learner = make_learner(script, env_id="Hopper-v2-3x1", sharing=sharing)
+    saved_models.save_model(str(tmp_path), learner, 0)
+    actor, args = saved_models.load_actor(path, None, cpu, script.Actor, script.Args)
+    assert args.env_id == "Hopper-v2-3x1" and args.sharing == sharing
+    for name, value in learner.actor.state_dict().items():
+        assert torch.equal(actor.state_dict()[name], value), name
+    with pytest.raises(SystemExit) as stop:
+        saved_models.load_actor(path, "Walker2d-v2-2x3", cpu, script.Actor, script.Args)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and one_line(err) and "Hopper-v2-3x1" in err
+
+
+@each_script
+def test_partial_observations_train_resume_and_evaluate(script, tmp_path):
+    flags = ("--env-id", "HalfCheetah-v5-6x1", "--agent-obsk", 1)
+    code, out, err = run_main(script, *flags, *TINY[script], cwd=tmp_path)
+    assert code == 0, err
+    (folder,) = (tmp_path / "runs").iterdir()
+    model = torch.load(folder / "model.pt")
+    assert model["actor"]["layers.0.weight"].shape[-1] == 15, "9 of the state and an id of 6"
+    code, out, err = run_main(script, "--resume", folder, "--total-timesteps", 700, cwd=tmp_path)
+    assert code == 0, err
+    code, out, err = run_main(script, "--evaluate", folder / "model.pt", "--eval-episodes", 2, cwd=tmp_path)
+    assert code == 0 and out.startswith("HalfCheetah-v5-6x1: return "), err
+    code, out, err = run_main(script, "--resume", folder, "--agent-obsk", 2, "--total-timesteps", 800, cwd=tmp_path)
+    assert code == 2 and one_line(err) and "--agent-obsk is 2, expected 1" in err
