@@ -81,8 +81,8 @@ class Args:
     warmup_steps: int = 10_000  # environment steps with uniformly random actions before the first update
     train_interval: int = 50  # steps per environment between two rounds of updates
     updates_per_round: int = 50  # critic updates per round
-    policy_freq: int | None = None  # critic updates per policy update; default: the task's value in TUNED
-    n_step: int | None = None  # rewards in an n-step return; default: the task's value in TUNED
+    policy_freq: int | None = None  # critic updates per policy update; default: the task's tuned value
+    n_step: int | None = None  # rewards in an n-step return; default: the task's tuned value
     gamma: float = 0.99  # discount
     polyak: float = 0.005  # rate of target averaging (tau); a target actor shared by N agents takes N steps
     actor_lr: float = 5e-4  # Adam's learning rate for the actor's weights and thresholds

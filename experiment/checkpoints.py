@@ -109,7 +109,7 @@ def check_args(values, args_class, tensors, sizes, path):
     """
     for name, kind in typing.get_type_hints(args_class).items():
         if name in values and not has_type(values[name], kind):
-            raise ValueError(f"{name} is {values[name]!r}, expected {getattr(kind, '__name__', kind)}")
+            raise ValueError(f"{name} is {values[name]!r}, expected {kind if typing.get_args(kind) else kind.__name__}")
     args, largest = args_class(**values), max(size for tensor in tensors for size in tensor.shape)
     check_ranges(args, f"{path}: ")
     for name in sizes.split():
@@ -169,6 +169,8 @@ def read_checkpoint(run_folder, args_class):
 
     Fails if another script made it, and warns if the script's code has changed since. Also takes the file's own path.
     """
+    if os.path.basename(run_folder) == "model.pt":
+        fail(f"--resume: {run_folder} is a model, which --evaluate takes; expected a run's folder or its checkpoint.pt")
     if os.path.basename(run_folder) == "checkpoint.pt":
         run_folder = os.path.dirname(run_folder) or "."
     path = os.path.join(run_folder, "checkpoint.pt")

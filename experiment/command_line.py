@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import math
 import os
+import re
 import sys
 import textwrap
 import typing
@@ -32,7 +33,9 @@ def require(condition, message):
 FLAGS_ELSEWHERE = """
     learning-rate lr actor-lr critic-lr | num-steps rollout-steps train-interval | clip-coef clip | tau polyak |
     update-epochs num-epochs updates-per-round | ent-coef entropy-coef | learning-starts warmup-steps | cuda device |
-    n-rollout-threads num-envs | num-env-steps total-timesteps | wandb-project-name track
+    n-rollout-threads num-envs | num-env-steps total-timesteps | wandb-project-name track | scenario env-id |
+    agent-conf env-id | ppo-epoch num-epochs | clip-param clip | share-param sharing | episode-length rollout-steps |
+    model-dir evaluate
 """
 # {allowed range in words: (test of a number, flags of either script that must pass it)}; NaN never passes
 RANGES = {
@@ -104,11 +107,13 @@ def check_help(argv, args_class):
             value = " ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
             if any(map(typing.get_args, kinds)) or typing.get_origin(hints[name]) is typing.Literal:
                 value = "|".join(choice for kind in kinds for choice in typing.get_args(kind) or [kind])
+            start = f"--{flag} {value}"
             if isinstance(default, bool):
-                start, default = f"--{'no-' * default}{flag}", None
-            else:
-                start = f"--{flag} {value}"
-                default = " ".join(map(str, default)) if isinstance(default, tuple) else default
+                start, default = f"--{flag}", f"on; --no-{flag} turns it off" if default else "off"
+            elif isinstance(default, tuple):
+                default = " ".join(map(str, default))
+            for other in set(re.findall(r"\w+_\w+", text)) & defaults.keys():
+                text = text.replace(other, f"--{other.replace('_', '-')}")
             end = "" if default is None else f" [{default}]"
             print(textwrap.fill(f"{text}{end}", 116, initial_indent=f"  {start:<38} ", subsequent_indent=" " * 41))
     names = [name.replace("_", "-") for name in module.TUNED_FLAGS]

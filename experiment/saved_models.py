@@ -11,7 +11,7 @@ from experiment.command_line import fail, require
 from experiment.films import open_viewer, write_gif
 from experiment.hardware import resolve_precision
 
-EXPECTED = "a model that --save-model wrote"
+EXPECTED = "a model that --save-model of this script wrote"
 
 
 def save_model(run_folder, learner, global_step):

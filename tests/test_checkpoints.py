@@ -476,6 +476,8 @@ def test_checkpoints_models_and_their_folders_are_told_apart(copied):
         for path in (folder, folder / "model.pt")
     ]
     assert results[0] == results[1] and results[0][0] == 0, results
+    code, out, err = run_main(script, "--resume", folder / "model.pt", cwd=cwd)
+    assert code == 2 and one_line(err) and f"{folder}/model.pt is a model, which --evaluate takes" in err and not out
     assert train(script, cwd, "--resume", folder / "checkpoint.pt")[0] == 0
     assert read(folder)["args"]["resume"] == str(folder) and read(folder)["counters"][0] == 640
 

@@ -287,8 +287,8 @@ def test_flags_that_change_results_are_compared(make_run, draw):
     def warnings(*runs):
         return [line for line in draw("--runs", *runs)[0].splitlines() if line.startswith("warning")]
 
-    same = dict(lr=0.5, log_interval=10, num_threads=1)
-    first = make_run("Ant-v2-4x2", "full", 1, [0, 1], **same)
+    same = dict(lr=0.5, log_interval=10, num_threads=1, episode_limit=None)
+    first = make_run("Ant-v2-4x2", "full", 1, [0, 1], **same | dict(episode_limit=1000))
     other = make_run("Ant-v2-4x2", "none", 1, [1, 1], **same | dict(log_interval=20, num_threads=2, its_own_flag=3))
     assert warnings(first, other) == []
     third = make_run("Ant-v2-4x2", "none", 2, [1], **same | dict(lr=0.1, total_timesteps=7, eval_episodes=5))

@@ -297,9 +297,9 @@ def test_script_draws_no_picture_of_a_network_without_masks(run, models, tmp_pat
     [
         ("missing", "No such file"),
         ("folder", "model.pt/model.pt: No such file"),
-        ("text", "not as it was written; expected a model that --save-model wrote"),
-        ("tensor", "; expected a model that --save-model wrote"),
-        ("no layers", "ValueError: no masked layers; expected a model that --save-model wrote"),
+        ("text", "not as it was written; expected a model that --save-model of this script wrote"),
+        ("tensor", "; expected a model that --save-model of this script wrote"),
+        ("no layers", "ValueError: no masked layers; expected a model that --save-model of this script wrote"),
         ("full", "without masks, expected one trained with --sharing kaleidoscope"),
         ("none", "without masks, expected one trained with --sharing kaleidoscope"),
         ("out", "expected a place to write to"),
@@ -374,7 +374,7 @@ def test_one_mask_for_all_is_full_sharing_of_its_weights(hopper, run):
     "what, complaint",
     [
         ("missing", "No such file"),
-        ("tensor", "; expected a model that --save-model wrote"),
+        ("tensor", "; expected a model that --save-model of this script wrote"),
         ("full", "trained with --sharing full, expected --sharing kaleidoscope"),
         ("none", "trained with --sharing none, expected --sharing kaleidoscope"),
         ("--eval-episodes", "--eval-episodes is 0, expected at least 1"),

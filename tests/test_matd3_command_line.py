@@ -240,6 +240,9 @@ NAMES = {  # flags of CleanRL and HARL, and what either script says to them
     "--num-env-steps 5": ("--total-timesteps", "--total-timesteps"),
     "--no-cuda": ("--device", "--device"),
     "--wandb-project-name x": ("--track", "--track"),
+    "--scenario Ant-v2": ("--env-id", "--env-id"),
+    "--agent_conf 4x2": ("--env-id", "--env-id"),
+    "--ppo_epoch 5": (None, "--num-epochs"),
 }
 
 
@@ -435,6 +438,8 @@ def test_help_explains_every_flag(module, explanation, capsys):
     for heading in ("run:", "environment:", "speed:", "actor: one mask for each agent:", "tuned values of --"):
         assert f"\n{heading}" in out
     assert "--sharing kaleidoscope|full|none " in out and "--agent-obsk int " in out
+    assert "  --cudagraph " in out and "[on; --no-cudagraph turns it off]" in " ".join(out.split())
+    assert "see --actor-threshold-scale" in " ".join(out.split()) or module is kalei_mappo_mamujoco
     for task, values in module.TUNED.items():
         assert any(line.split()[:1] == [task] and str(values[0]) in line for line in out.splitlines())
 

@@ -62,6 +62,7 @@ ARMS = {  # --sharing, or the end of a folder's mappo_... or matd3_...: (name, c
 OTHER_COLORS = ["#4B2E83", "#7F7F7F", "#A6761D", "#882255", "#44AA99"]  # for all other variants
 LINES = ["-", "--", ":", "-."]  # for more variants than colours
 SAME_RESULTS = MAY_CHANGE - {"total_timesteps", "eval_interval", "eval_episodes"} | {"exp_name", "seed", "time"}
+DEFAULTS = {("None", "episode_limit"), ("None", "log_std")}  # older code wrote the values that these stand for
 BOOTSTRAP_SEED = 0
 
 
@@ -217,8 +218,9 @@ def warn_of_differences(runs, expected):
         for flag in dict.fromkeys(flag for run in members for flag in run.hyperparameters):
             values = {}  # older code may have had no such flag
             for run in members:
-                if flag in run.hyperparameters:
-                    values.setdefault(run.hyperparameters[flag], {})[run.variant] = None
+                value = run.hyperparameters.get(flag)
+                if value is not None and (value, flag) not in DEFAULTS:
+                    values.setdefault(value, {})[run.variant] = None
             if len(values) > 1 and flag not in SAME_RESULTS | expected:
                 said.append(f"{flag} is " + " and ".join(f"{value} ({'; '.join(of)})" for value, of in values.items()))
         if said:
