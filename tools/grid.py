@@ -171,12 +171,13 @@ def make_jobs(options, common_flags):
     return jobs
 
 
-def is_finished(scalars, args):
-    """Whether a run has logged its last checkpoint and its last evaluation, as far as it has them, or any last step."""
-    last = ["charts/checkpoint_seconds"] * (args.checkpoint_interval > 0) + ["charts/eval_return"]
-    curves = [scalars[tag] for tag in last if tag in scalars]
-    test = all if curves else any
-    return test(max(curve) >= args.total_timesteps for curve in curves or scalars.values())
+def is_finished(hyperparameters, scalars, args):
+    """Whether a run has logged its last checkpoint and its last evaluation, if it makes them, or any last step."""
+    last = [tag for tag in ("charts/checkpoint_seconds",) if args.checkpoint_interval > 0 and tag in scalars]
+    # a run whose only evaluation was ended early has no curve of evaluations yet
+    last += ["charts/eval_return"] if hyperparameters.get("eval_episodes") != "0" else []
+    test, curves = (all, [scalars.get(tag, {}) for tag in last]) if last else (any, scalars.values())
+    return test(max(curve, default=0) >= args.total_timesteps for curve in curves)
 
 
 def look_up(job, accept_other_code):
@@ -186,7 +187,7 @@ def look_up(job, accept_other_code):
     resumable, advice = None, "rename the variant or move the folder away"
     for folder in sorted(found, key=lambda path: int(path.name.rpartition("__")[2]), reverse=True):  # the newest first
         hyperparameters, scalars = read_events(folder)
-        finished = is_finished(scalars, job.args)
+        finished = is_finished(hyperparameters, scalars, job.args)
         if not finished and not (folder / "checkpoint.pt").exists():
             continue
         another_script, difference = compare(hyperparameters, type(job.args))
