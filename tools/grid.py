@@ -214,21 +214,24 @@ def make_command(job, options, action, folder):
     return [sys.executable, str(options.script.resolve()), *job.flags, *resume]
 
 
-def claim(job):
-    """(log, None), a file descriptor, locked while the grid or the run holds it; or (None, the reason)."""
+def claim(job, accept_other_code):
+    """(log, *look_up's answer): a file descriptor, locked while the grid or the run holds it.
+
+    If it cannot be opened, or another process holds it: (None, "refuse", None, the reason).
+    """
     try:
         LOGS.mkdir(parents=True, exist_ok=True)
         log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     except OSError as error:
-        return None, f"{error.filename}: {error.strerror}"
+        return None, "refuse", None, f"{error.filename}: {error.strerror}"
     try:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(log)
-        return None, f"runs already, see {job.log}"
+        return None, "refuse", None, f"runs already, see {job.log}"
     except OSError:  # a file system without locks
         pass
-    return log, None
+    return log, *look_up(job, accept_other_code)
 
 
 def print_array_job(options, argv, num_jobs):
@@ -245,8 +248,7 @@ def print_array_job(options, argv, num_jobs):
 
 def become(job, options):
     """Replace this process by the run: signals reach the run alone, and its exit code becomes ours."""
-    log, why_not = claim(job)
-    action, folder, what = look_up(job, options.accept_other_code) if log is not None else ("refuse", None, why_not)
+    log, action, folder, what = claim(job, options.accept_other_code)
     print(f"{job.name}: {what}", flush=True)
     if action in ("skip", "refuse"):
         sys.exit(action == "refuse")
@@ -265,10 +267,7 @@ def run_all(jobs, options):
         while waiting and len(running) < options.workers and not received:
             number, job = waiting.pop(0)
             line = f"[{number}/{len(jobs)}] {job.name}"
-            log, why_not = claim(job)
-            action, folder, what = (
-                look_up(job, options.accept_other_code) if log is not None else ("refuse", None, why_not)
-            )
+            log, action, folder, what = claim(job, options.accept_other_code)
             if action in ("start", "resume"):
                 what += f", see {job.log}"
                 # its own process group, so that Ctrl-C reaches the run only once, from here
