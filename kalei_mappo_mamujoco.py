@@ -75,7 +75,7 @@ class Args:
 
     # MAPPO
     sharing: Literal["kaleidoscope", "full", "none"] = "kaleidoscope"  # agents share all but masks, all, or nothing
-    log_std: Literal["shared", "agent"] | None = None  # exploration noise; default: shared if --sharing full
+    log_std: Literal["shared", "agent"] | None = None  # one std for all, or one each; default: shared if --sharing full
     rollout_steps: int | None = None  # steps per environment in a rollout (T); tuned, like the flags to lr_schedule
     num_epochs: int | None = None  # passes over a rollout (epochs)
     num_minibatches: int | None = None  # minibatches per pass, one update each
@@ -188,7 +188,7 @@ def masked_linear(x, weight, bias):
 
 
 class MaskedMLP(nn.Module):
-    """M networks: LayerNorm's scale and shift (inputs are standardised), four masked layers, ReLU, LayerNorm between.
+    """M networks of four masked layers with ReLU and LayerNorm between. Standardised inputs are scaled and shifted.
 
     `sharing` is what they have in common: all but the masks (kaleidoscope), everything (full) or nothing (none).
     Callers compute the effective layers once and pass them in, since these often serve many products.
@@ -287,6 +287,7 @@ class Critic(MaskedMLP):
         self.register_buffer("averages", torch.zeros(3))  # of returns, their squares and 1; they start at 0, as Adam's
 
     def update_value_norm(self, returns):
+        """Add returns, of any shape, to the running averages."""
         latest = torch.stack([returns.mean(), returns.square().mean(), torch.ones_like(self.averages[0])])
         processes.all_reduce_mean([latest])
         self.averages.lerp_(latest, 1 - self.beta)

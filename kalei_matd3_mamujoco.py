@@ -502,7 +502,7 @@ class Learner(nn.Module):
             torch._foreach_lerp_(list(target.parameters()), list(network.parameters()), rate)
 
     def gradient_norms(self):
-        """{name: norm () of the latest gradient}, for the log."""
+        """{name: norm () of the latest gradient}. From CUDA graphs, the critic's may be policy_freq - 1 updates old."""
         parameters = {"critic": list(self.critic.parameters()), "actor": self.actor_parameters}
         gradients = {name: [p.grad for p in own if p.grad is not None] for name, own in parameters.items()}
         norm = torch.nn.utils.get_total_norm

@@ -195,7 +195,7 @@ def check_resumed(args, checkpoint):
         if new != old and name not in MAY_CHANGE and (name, new) != ("precision", "auto"):
             fail(f"{flag} is {new}, expected {old} beside --resume {args.resume}: the run has used it until now")
     *_, eval_due = checkpoint["counters"]  # True: a signal ended the evaluation at this step early
-    if args.total_timesteps <= step and not eval_due:
+    if args.total_timesteps <= step and not (eval_due and args.total_timesteps == before.total_timesteps):
         expected = f"more than the {step} steps that the run in {args.resume} has made"
         fail(f"--total-timesteps is {args.total_timesteps}, expected {expected}")
     if args.total_timesteps != before.total_timesteps:

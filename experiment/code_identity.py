@@ -15,19 +15,22 @@ ROOT = Path(__file__).resolve().parent.parent
 def identity(args_class):
     """{"script": file name, "code": digest} of the script that defines args_class, as it is at the first call.
 
-    The digest covers the code that decides results: the script and the modules that it imports from its own folder or
-    this repository, without experiment/. Comments, docstrings and layout do not count, nor do empty fields of the
-    syntax tree, which newer Pythons add. Still, another version of Python may give the same code another digest.
+    The digest covers the code that decides results: the script and the modules and packages that it imports from its
+    own folder or this repository, without experiment/. Comments, docstrings and layout do not count, nor do empty
+    fields of the syntax tree, which newer Pythons add. Still, another Python may give the same code another digest.
     """
     files, digest = [Path(sys.modules[args_class.__module__].__file__).absolute()], hashlib.sha256()
     for path in files:  # which grows
         tree = ast.parse(path.read_bytes())
         digest.update(repr(plain(tree)).encode())
         for node in ast.walk(tree):
-            names = [x.name for x in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None)]
-            for parts in (name.split(".") for name in names if name and name.split(".")[0] != "experiment"):
-                found = (folder.joinpath(*parts).with_suffix(".py") for folder in (path.parent, files[0].parent, ROOT))
-                files += [file for file in found if file.is_file() and file not in files][:1]
+            start = f"{node.module}." if getattr(node, "module", None) else ""
+            names = [start + x.name for x in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            # `from a.b import c` may run a/__init__.py, a/b.py and a/b/c.py
+            for parts in (name.split(".")[: i + 1] for name in names for i in range(name.count(".") + 1)):
+                places = [folder.joinpath(*parts) for folder in (path.parent, files[0].parent, ROOT)]
+                found = [file for x in places for file in (x / "__init__.py", x.with_suffix(".py")) if file.is_file()]
+                files += [file for file in found[:1] if file not in files and parts[0] != "experiment"]
     return {"script": files[0].name, "code": digest.hexdigest()[:16]}
 
 

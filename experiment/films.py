@@ -124,9 +124,8 @@ class Film:
         self.smooth_frames = round(SMOOTH_SECONDS / (self.every * envs.task.dt))
         self.floors = np.flatnonzero(self.model.geom_type == mujoco.mjtGeom.mjGEOM_PLANE)
         far = self.camera.distance
-        self.tile = (
-            1.0 if 1.0 < far < 50.0 else 10.0 ** round(np.log10(far / 10))
-        )  # metres; the scene has room for so many
+        # metres; the scene has room for so many tiles
+        self.tile = 1.0 if 1.0 < far < 50.0 else 10.0 ** round(np.log10(far / 10))
         agents = (agent_colour(agent) for agent in range(min(envs.num_agents, NUM_COLOURS)))
         colours = [*agents, *((grey,) * 3 for grey in (FLOOR, TILE, ROBOT, OBJECT))]
         self.palette = np.round(255 * SHADES[:, None, None] * colours).astype(np.uint8).tobytes()

@@ -238,16 +238,14 @@ def log_mask_shares(writer, learner, step):
 
 
 def log_masks(writer, learner, step):
-    """Write a picture, histograms of log10 |W| and log10 sigmoid(s) of each layer, and two shares of weights.
-
-    Writes nothing for a network without masks, where all thresholds are below NO_MASK_BELOW.
-    """
+    """Write what log_network draws of each network that has masks."""
     for name, network in (("actor", learner.actor), ("critic", learner.critic)):
         if masks_act(network):
             log_network(writer, name, network, step)
 
 
 def log_network(writer, name, network, step):
+    """Write a picture, histograms of log10 |W| and log10 sigmoid(s) of each layer, and two shares of weights."""
     canvas = draw(network, name).canvas
     canvas.draw()
     writer.add_image(f"masks/{name}", np.asarray(canvas.buffer_rgba())[..., :3], step, dataformats="HWC")

@@ -10,7 +10,7 @@ from experiment.command_line import fail, warn
 
 
 class StopSignals:
-    """Keeps the first SIGINT or SIGTERM in `received`: the loop then ends after its round. A second one kills."""
+    """Keeps the first SIGINT or SIGTERM in `received`: an evaluation then ends early, the loop after its round."""
 
     def __init__(self):
         self.received = None
@@ -18,7 +18,7 @@ class StopSignals:
             signal.signal(number, self.receive)
 
     def receive(self, number, frame):
-        if self.received is not None:
+        if self.received is not None:  # the second one kills
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.received = number

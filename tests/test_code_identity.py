@@ -10,6 +10,7 @@ import torch
 from run_scripts import ROOT, run_process
 
 import kalei_matd3_mamujoco as matd3
+from experiment import code_identity
 from experiment.code_identity import compare, identity
 from experiment.saved_models import save_model
 
@@ -63,6 +64,32 @@ def test_only_what_decides_results_counts(digest):
         digest(physics="G = 3.7\n"),
     ]
     assert len({other["code"] for other in [own, *others]}) == 6
+
+
+@pytest.mark.parametrize("statement", ["from toy_nets import layers", "from toy_nets.layers import Net"])
+def test_the_modules_of_a_package_count(statement, digest, tmp_path):
+    package = tmp_path / "toy_nets"
+    package.mkdir()
+    codes = set()
+    for init, layers in (("", "class Net: a = 1"), ("A = 1", "class Net: a = 1"), ("", "class Net: a = 2")):
+        (package / "__init__.py").write_text(init)
+        (package / "layers.py").write_text(layers)
+        codes.add(digest(SCRIPT.replace("import toy_environment", statement))["code"])
+        for name in ("toy_nets", "toy_nets.layers"):
+            sys.modules.pop(name, None)
+    assert len(codes) == 3
+
+
+def test_a_module_that_the_script_does_not_use_does_not_count(digest, tmp_path, monkeypatch):
+    """The repository's environment, where a script imports the one in its own folder, twice."""
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    (repository / "toy_environment.py").write_text("A = 1")
+    monkeypatch.setattr(code_identity, "ROOT", repository)
+    script = SCRIPT.replace("import dataclasses", "import dataclasses\nfrom toy_environment import reward")
+    own = digest(script)
+    (repository / "toy_environment.py").write_text("A = 2")
+    assert digest(script) == own
 
 
 def test_a_run_keeps_the_identity_of_its_start(digest, tmp_path):

@@ -9,7 +9,7 @@ import time
 import pytest
 import run_scripts
 import torch
-from run_scripts import curves, environment, run_main, scalars
+from run_scripts import curves, environment, one_line, run_main, scalars
 
 import kalei_mappo_mamujoco as mappo
 import kalei_matd3_mamujoco as matd3
@@ -55,6 +55,9 @@ def test_an_evaluation_that_a_signal_ends_is_repeated_by_the_resumed_run(script,
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["counters"][0] == 80 * number
     assert len(scalars(folder).get("charts/eval_return", [])) == number - 1, "half an evaluation was logged"
 
+    earlier = 80 * number - 1  # an end that the run has passed already
+    code, _, err = run_main(script, "--resume", folder, "--total-timesteps", earlier, cwd=tmp_path / "cut")
+    assert code == 2 and one_line(err) and f"expected more than the {80 * number} steps" in err, err
     code, _, err = run_main(script, "--resume", folder, cwd=tmp_path / "cut")
     assert code == 0, err
     ours, theirs = curves(folder), curves(whole)

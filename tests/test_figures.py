@@ -690,6 +690,7 @@ def test_mistakes_in_judging_end_with_a_clear_message(study, make_run, run_judge
         ("--runs", *study[:6], "--main", "masks vs one network"): "has an arm of fewer than 3 runs",
         (*ant, "--pool", "masks + one network"): "expected NAME=ARM + ARM",
         (*ant, "--pool", "a=masks + x"): "'x' is one arm",
+        (*ant, "--pool", "a=masks + masks"): "each arm once",
         (*ant, "--pool", "masks=masks + one network"): "'masks' is there twice",
         (*ant, "--out", short / "nowhere" / "q", "--reach", "x"): "x",
     }.items():

@@ -170,6 +170,19 @@ def test_what_is_finished_is_skipped_and_what_is_not_is_resumed(run_grid, in_fol
     assert code == 0 and "finished before" in out, "without checkpoints, the last evaluation comes last"
 
 
+@pytest.mark.parametrize("checkpoint", [True, False], ids=["checkpoint", "no checkpoint"])
+@pytest.mark.parametrize("episodes", [40, 0])
+def test_a_run_without_its_only_evaluation_is_not_finished(episodes, checkpoint, run_grid, in_folder):
+    """A signal, or a kill, ended the evaluation at the run's end, so there is no curve of evaluations at all."""
+    curves = {"losses/critic": {100: 0}} | ({"charts/checkpoint_seconds": {100: 0}} if checkpoint else {})
+    folder = write_run(in_folder / "runs" / "A__x__1__5", curves, DEFAULTS | {"eval_episodes": episodes})
+    if checkpoint:
+        (folder / "checkpoint.pt").touch()
+    code, out, _ = run_grid("--env-ids", "A", "--seeds", 1, "--variants", "x=")
+    expected = ("resumes" if checkpoint else "starts anew") if episodes else "finished before"
+    assert code == 0 and expected in out, out
+
+
 OTHER_CODE = {  # what a run says of its code, the grid's message, and what it does with --accept-other-code
     "edited": ({"code": "0123"}, "was made by stub_of_a_script.py before its code changed", "accepted"),
     "old": ({"script": None, "code": None}, "does not say which code made it", "accepted"),

@@ -171,12 +171,13 @@ def make_jobs(options, common_flags):
     return jobs
 
 
-def is_finished(scalars, args):
-    """Whether a run has logged its last checkpoint and its last evaluation, as far as it has them, or any last step."""
-    last = ["charts/checkpoint_seconds"] * (args.checkpoint_interval > 0) + ["charts/eval_return"]
-    curves = [scalars[tag] for tag in last if tag in scalars]
-    test = all if curves else any
-    return test(max(curve) >= args.total_timesteps for curve in curves or scalars.values())
+def is_finished(hyperparameters, scalars, args):
+    """Whether a run has logged its last checkpoint and its last evaluation, if it makes them, or any last step."""
+    last = [tag for tag in ("charts/checkpoint_seconds",) if args.checkpoint_interval > 0 and tag in scalars]
+    # a run whose only evaluation was ended early has no curve of evaluations yet
+    last += ["charts/eval_return"] if hyperparameters.get("eval_episodes") != "0" else []
+    test, curves = (all, [scalars.get(tag, {}) for tag in last]) if last else (any, scalars.values())
+    return test(max(curve, default=0) >= args.total_timesteps for curve in curves)
 
 
 def look_up(job, accept_other_code):
@@ -186,7 +187,7 @@ def look_up(job, accept_other_code):
     resumable, advice = None, "rename the variant or move the folder away"
     for folder in sorted(found, key=lambda path: int(path.name.rpartition("__")[2]), reverse=True):  # the newest first
         hyperparameters, scalars = read_events(folder)
-        finished = is_finished(scalars, job.args)
+        finished = is_finished(hyperparameters, scalars, job.args)
         if not finished and not (folder / "checkpoint.pt").exists():
             continue
         another_script, difference = compare(hyperparameters, type(job.args))
@@ -213,21 +214,24 @@ def make_command(job, options, action, folder):
     return [sys.executable, str(options.script.resolve()), *job.flags, *resume]
 
 
-def claim(job):
-    """(log, None), a file descriptor, locked while the grid or the run holds it; or (None, the reason)."""
+def claim(job, accept_other_code):
+    """(log, *look_up's answer): a file descriptor, locked while the grid or the run holds it.
+
+    If it cannot be opened, or another process holds it: (None, "refuse", None, the reason).
+    """
     try:
         LOGS.mkdir(parents=True, exist_ok=True)
         log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     except OSError as error:
-        return None, f"{error.filename}: {error.strerror}"
+        return None, "refuse", None, f"{error.filename}: {error.strerror}"
     try:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(log)
-        return None, f"runs already, see {job.log}"
+        return None, "refuse", None, f"runs already, see {job.log}"
     except OSError:  # a file system without locks
         pass
-    return log, None
+    return log, *look_up(job, accept_other_code)
 
 
 def print_array_job(options, argv, num_jobs):
@@ -244,8 +248,7 @@ def print_array_job(options, argv, num_jobs):
 
 def become(job, options):
     """Replace this process by the run: signals reach the run alone, and its exit code becomes ours."""
-    log, why_not = claim(job)
-    action, folder, what = look_up(job, options.accept_other_code) if log is not None else ("refuse", None, why_not)
+    log, action, folder, what = claim(job, options.accept_other_code)
     print(f"{job.name}: {what}", flush=True)
     if action in ("skip", "refuse"):
         sys.exit(action == "refuse")
@@ -264,10 +267,7 @@ def run_all(jobs, options):
         while waiting and len(running) < options.workers and not received:
             number, job = waiting.pop(0)
             line = f"[{number}/{len(jobs)}] {job.name}"
-            log, why_not = claim(job)
-            action, folder, what = (
-                look_up(job, options.accept_other_code) if log is not None else ("refuse", None, why_not)
-            )
+            log, action, folder, what = claim(job, options.accept_other_code)
             if action in ("start", "resume"):
                 what += f", see {job.log}"
                 # its own process group, so that Ctrl-C reaches the run only once, from here

@@ -171,7 +171,8 @@ def pool_arms(arms, task, options):
     for entry in options.pool:
         name, equals, members = entry.partition("=")
         members = [member.strip() for member in members.split(" + ")]
-        require(name and equals, f"--pool: {entry!r} is one of them, expected NAME=ARM + ARM")
+        well_formed = name and equals and len(members) == len(set(members))  # an arm given twice would count twice
+        require(well_formed, f"--pool: {entry!r} is one of them, expected NAME=ARM + ARM, each arm once")
         for member in members:
             require(member in arms, f"--pool: {member!r} is one arm, expected arms of {task}: {'; '.join(arms)}")
         require(name not in arms and name not in pools, f"--pool: {name!r} is there twice, expected a new name")
