@@ -590,8 +590,8 @@ def parse_args(argv=None):
         if getattr(args, name) is None:
             setattr(args, name, tuned)
     check_ranges(args)
-    allowed = (args.sharing, args.log_std) != ("none", "shared")
-    require(allowed, "--log-std is shared, expected agent beside --sharing none")
+    if (args.sharing, args.log_std) == ("none", "shared"):
+        fail("--log-std is shared, expected agent beside --sharing none")
     rows, parts = args.rollout_steps * args.num_envs, args.num_minibatches
     require(parts <= rows, f"--num-minibatches is {parts}, expected at most the {rows} steps of a rollout")
     # auto never means bfloat16: on Ant, two of three bfloat16 seeds ended below all float32 seeds
