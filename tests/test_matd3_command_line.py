@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import kalei_mappo_mamujoco
 import kalei_matd3_mamujoco as script
-from experiment import command_line, run_folder, saved_models
+from experiment import command_line, hardware, run_folder, saved_models
 from experiment.code_identity import identity
 
 SCRIPT = Path(script.__file__)
@@ -50,6 +50,8 @@ def test_a_run_logs_all_that_its_page_names(trained):
     n_step, policy_freq = script.TUNED.get(env_id, script.UNTUNED)
     assert f"policy_freq {policy_freq}, n_step {n_step}" in printed
     assert "640/640" in printed and "SPS=" in printed and "eval=" in printed
+    last = [f"tensorboard --logdir runs/{folder.name}", f"python {SCRIPT.name} --evaluate runs/{folder.name}"]
+    assert all(line in printed for line in last) and re.search(r"return: \S+ in 3 episodes", printed), printed[-500:]
 
 
 def test_hyperparameters_are_logged_as_resolved(trained):
@@ -442,6 +444,12 @@ def test_help_explains_every_flag(module, explanation, capsys):
     assert "see --actor-threshold-scale" in " ".join(out.split()) or module is kalei_mappo_mamujoco
     for task, values in module.TUNED.items():
         assert any(line.split()[:1] == [task] and str(values[0]) in line for line in out.splitlines())
+
+
+def test_a_system_that_does_not_tell_its_memory(monkeypatch):
+    """Windows has no os.sysconf."""
+    monkeypatch.delattr(os, "sysconf")
+    hardware.require_memory("--buffer-size is 1", 10**30, torch.device("cpu"))
 
 
 def test_learning_may_begin_after_the_first_round(tmp_path):
