@@ -17,12 +17,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from experiment.agent_colours import agent_colour
-
 NO_MASK_BELOW = -500.0  # thresholds below this mask nothing: their sigmoid is 0
 SMALLEST = -12.0  # numbers below 10 to this power, 0 included, are drawn as 10 to this power
 LARGEST_SAMPLE = 100_000  # values in a histogram
-KEPT_BY_ALL = (0.35,) * 3  # grey
 
 
 # ---- What masks share ----
@@ -90,58 +87,6 @@ def new_figure(width, height):
 
     figure = Figure((width, height), dpi=120)
     FigureCanvasAgg(figure)
-    return figure
-
-
-@torch.no_grad()
-def draw_weights(network, name):
-    """A matplotlib Figure of the first layer: which of its weights each mask keeps.
-
-    Above, the layer once for each mask, rows and columns sorted: each mask in turn has a group of rows, of which it
-    drops more than the other masks do. Below, all weights of the layer in a line, beginning with what most masks keep.
-    """
-    from matplotlib.legend_handler import HandlerTuple
-    from matplotlib.patches import Patch
-
-    masks = network.layers[0].masks().cpu().numpy()
-    num_masks, outputs, inputs = masks.shape
-    who, count = "agent" if name == "actor" else name, masks.sum(0)  # (out, in)
-    colours = [agent_colour(mask) for mask in range(num_masks)]
-    image = np.where(masks[..., None], np.reshape(colours, (num_masks, 1, 1, 3)), 1.0)  # (M, out, in, 3)
-    image[:, count == num_masks] = KEPT_BY_ALL
-    kept = masks.sum(2) / np.maximum(masks.sum((1, 2)), 1)[:, None]  # (M, out)
-    rows, columns = np.lexsort((kept.min(0), kept.argmin(0))), np.argsort(-count.sum(0), kind="stable")
-
-    across, strip = min(num_masks, 6), 0.3 * num_masks  # all lengths in inches
-    side = 9.0 / across
-    above = 0.95 + -(-num_masks // across) * (side + 0.4)
-    width, height = 9.3, above + strip + 1.1
-    figure = new_figure(width, height)
-    title = f"{name}, first layer: {inputs} inputs (columns), {outputs} outputs (rows)"
-    figure.text(0.15 / width, 1 - 0.3 / height, title, size="x-large", va="center")
-    own = tuple(Patch(color=colour) for colour in colours[:4])
-    labels = {f"kept by all {who}s": Patch(color=KEPT_BY_ALL), f"kept by this {who}, not by all": own}
-    labels["dropped"] = Patch(facecolor="white", edgecolor="black")
-    place = dict(loc="center left", bbox_to_anchor=(0.06 / width, 1 - 0.65 / height), ncols=3, frameon=False)
-    figure.legend(labels.values(), labels, handler_map={tuple: HandlerTuple(None, 0)}, fontsize="large", **place)
-
-    def add_image(pixels, left, top, wide, high, **options):
-        ax = figure.add_axes((left / width, 1 - (top + high) / height, wide / width, high / height))
-        ax.imshow(pixels, aspect="auto", interpolation="nearest", **options)
-        return ax
-
-    for mask in range(num_masks):
-        row, column = divmod(mask, across)
-        top = 0.95 + row * (side + 0.4) + 0.35
-        ax = add_image(image[mask][rows][:, columns], 0.15 + column * side, top, side - 0.12, side)
-        ax.set(xticks=(), yticks=())
-        ax.set_title(f"{who} {mask}", size="large")
-    order = np.lexsort((*~masks.reshape(num_masks, -1)[::-1], -count.ravel()))
-    line = image.reshape(num_masks, -1, 3)[:, order]
-    ax = add_image(line, 1.0, above + 0.3, 8.0, strip, extent=(0, 100, num_masks - 0.5, -0.5))
-    ax.set_yticks(range(num_masks), [f"{who} {i}" for i in range(num_masks)], size="large")
-    ax.tick_params(labelsize="large")
-    ax.set_xlabel(f"all weights of this layer, %, beginning with what most {who}s keep", size="large")
     return figure
 
 

@@ -32,6 +32,9 @@ class Args:
     seed: int = 0
     checkpoint_interval: int = 0
     total_timesteps: int = 100
+    eval_interval: int = 50
+    eval_episodes: int = 40
+    log_interval: int = 10
     lr: float = 0.5
     precision: str = "auto"
     then: str = "end"
@@ -178,9 +181,30 @@ def test_a_run_without_its_only_evaluation_is_not_finished(episodes, checkpoint,
     folder = write_run(in_folder / "runs" / "A__x__1__5", curves, DEFAULTS | {"eval_episodes": episodes})
     if checkpoint:
         (folder / "checkpoint.pt").touch()
-    code, out, _ = run_grid("--env-ids", "A", "--seeds", 1, "--variants", "x=")
+    code, out, _ = run_grid("--env-ids", "A", "--seeds", 1, "--variants", "x=", "--", "--eval-episodes", episodes)
     expected = ("resumes" if checkpoint else "starts anew") if episodes else "finished before"
     assert code == 0 and expected in out, out
+
+
+@pytest.mark.parametrize(
+    "flag, made, message",
+    [
+        ("total_timesteps", 200, "was made with --total-timesteps 200, expected 100"),
+        ("total_timesteps", 50, "resumes"),
+        ("eval_interval", 7, "was made with --eval-interval 7, expected 50"),
+        ("eval_episodes", 5, "was made with --eval-episodes 5, expected 40"),
+        ("log_interval", 7, "finished before"),
+    ],
+)
+def test_a_finished_run_whose_curve_was_made_otherwise_does_not_pass_for_the_one_asked_for(
+    flag, made, message, run_grid, in_folder
+):
+    """A longer run has other resets, and its end is the mean of other evaluations. A shorter one can go on."""
+    curves = {TAG: {50: 0, min(100, made if flag == "total_timesteps" else 100): 0}}
+    folder = write_run(in_folder / "runs" / "A__x__1__5", curves, DEFAULTS | {flag: made})
+    (folder / "checkpoint.pt").touch()
+    code, out, _ = run_grid("--env-ids", "A", "--seeds", 1, "--variants", "x=")
+    assert message in out and code == ("was made" in message), out
 
 
 OTHER_CODE = {  # what a run says of its code, the grid's message, and what it does with --accept-other-code

@@ -130,7 +130,7 @@ def test_layers_share_the_scale_of_each_column():
 @pytest.mark.parametrize("masks", [1, 3, 8])
 def test_weights_have_the_colours_of_the_masks_that_keep_them(masks):
     net = network(masks)
-    *panels, line = (ax.images[0].get_array() for ax in mask_pictures.draw_weights(net, "actor").axes)
+    *panels, line = (ax.images[0].get_array() for ax in script.draw_weights(net, "actor").axes)
     kept = net.layers[0].masks().numpy()
     assert len(panels) == masks and line.shape == (masks, 6 * 9, 3)
     white, grey = np.ones(3), np.full(3, 0.35)
@@ -149,14 +149,14 @@ def test_rows_are_in_groups_of_the_mask_that_drops_them():
         net.layers[0].thresholds.fill_(-100.0)
         for row in range(6):
             net.layers[0].thresholds[row % 3, row, : 3 + row] = 100.0
-    *panels, _ = (ax.images[0].get_array() for ax in mask_pictures.draw_weights(net, "critic").axes)
+    *panels, _ = (ax.images[0].get_array() for ax in script.draw_weights(net, "critic").axes)
     dropped = np.stack([(panel == 1).all(2).sum(1) for panel in panels])
     assert dropped.tolist() == [[6, 3, 0, 0, 0, 0], [0, 0, 7, 4, 0, 0], [0, 0, 0, 0, 8, 5]]
 
 
 @pytest.mark.parametrize("masks", [1, 4, 17])
 def test_nothing_is_cut_off_in_the_picture_of_weights(masks):
-    figure = mask_pictures.draw_weights(network(masks, ((393, 128),)), "critic")
+    figure = script.draw_weights(network(masks, ((393, 128),)), "critic")
     inches = figure.get_tightbbox()
     assert min(inches.min) > 0 and (inches.max < figure.get_size_inches()).all()
     boxes = [ax.get_tightbbox() for ax in figure.axes] + [figure.legends[0].get_window_extent()]

@@ -41,7 +41,8 @@ from experiment.run_folder import run_name  # noqa: E402
 
 RUN_NAME = re.compile(r"(?P<env_id>.+?)__(?P<exp_name>.+)__(?P<seed>\d+)__(?P<time>\d+)")
 LOGS = Path("runs", "grid_logs")
-MAY_DIFFER = {"exp_name", *MAY_CHANGE}
+MAY_DIFFER = {"exp_name", *MAY_CHANGE}  # between a run and the same one resumed
+MAKE_THE_CURVE = {"total_timesteps", "eval_interval", "eval_episodes"}  # a finished run must have these as well
 logging.getLogger("tensorboard").setLevel(logging.ERROR)  # TensorBoard warns about every resumed run
 
 SLURM = """\
@@ -195,7 +196,7 @@ def look_up(job, accept_other_code):
             return "refuse", None, f"{folder} {difference}: {advice}"
         for name, value in dataclasses.asdict(job.args).items():
             before = hyperparameters.get(name, str(value))  # older code may lack this flag
-            if before != str(value) and name not in MAY_DIFFER:
+            if before != str(value) and name not in (MAY_DIFFER - MAKE_THE_CURVE if finished else MAY_DIFFER):
                 flag = f"--{name.replace('_', '-')}"
                 return "refuse", None, f"{folder} was made with {flag} {before}, expected {value}: {advice}"
         if difference and not accept_other_code:
