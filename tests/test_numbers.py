@@ -1,0 +1,109 @@
+"""Numbers in README.md and docs/results.md, and the CSV files of their figures, are those of the published runs."""
+
+import functools
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tools import figures
+from tools.grid import read_events
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = ROOT / "published" / "runs"
+README, RESULTS = (ROOT / "README.md").read_text(), (ROOT / "docs" / "results.md").read_text()
+COLUMNS = ("masks", "one network", "separate networks")
+FIGURES = re.findall(r"^python tools/(figures\.py .*) --out docs/figures/(\w+)$", RESULTS, re.M)
+
+# {row of a table: (steps, folders of masks, of one network, of separate networks)}
+SIX = [f"six_{sharing}__*" for sharing in ("kaleidoscope", "full", "none")]
+ANT = ["{ant_kaleidoscope_*,k1__*,six_kaleidoscope__*}", "ant_full_*", "six_none__*"]
+ROWS = {
+    "HalfCheetah-v2-2x3, MATD3, 100,000 steps": (100_000, "kalei_matd3_mamujoco__*", "matd3_full__*", "matd3_none__*"),
+    "Ant-v2-4x2, MAPPO, 2,000,000": (2_000_000, *ANT),
+    "HalfCheetah-v2-2x3, MAPPO, 1,000,000": (1_000_000, "mappo_kaleidoscope__*", "mappo_full__*", "six_none__*"),
+    "HalfCheetah-v2-2x3, MAPPO, 2,000,000": (2_000_000, *SIX),
+    "Hopper-v2-3x1, MAPPO, 2,000,000": (2_000_000, *SIX),
+    "Walker2d-v2-2x3, MAPPO, 2,000,000": (2_000_000, *SIX),
+    "Walker2d-v2-6x1, MAPPO, 2,000,000": (2_000_000, *SIX),
+    "Humanoid-v2-17x1, MAPPO, 10,000,000": (10_000_000, "humanoid_kaleidoscope__*", "", "humanoid_none__*"),
+}
+# the table over five tasks has the first three runs of Ant
+FIVE_TASKS = {row: what for row, what in ROWS.items() if row.endswith(" 2,000,000")}
+FIVE_TASKS["Ant-v2-4x2, MAPPO, 2,000,000"] = (2_000_000, "ant_kaleidoscope_*", "ant_full_*", "six_none__*")
+
+
+@functools.cache
+def returns_of(folder):
+    return read_events(folder)[1]["charts/eval_return"]
+
+
+def ends(row, pattern, steps):
+    """Returns at `steps` of the runs on the row's task whose folders fit the pattern; {a,b} stands for a or b."""
+    task, names = row.partition(",")[0], re.fullmatch(r"\{(.*)\}", pattern)
+    folders = [path for name in (names[1].split(",") if names else [pattern]) for path in RUNS.glob(f"{task}__{name}")]
+    return [returns_of(path)[steps] for path in folders]
+
+
+def rows_of(text, *columns):
+    """The rows, lists of cells, of the table that has these columns."""
+    start = text.index(f"| {' | '.join(columns)} |\n")
+    lines = text[start:].partition("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line[1:-1].split("|")] for line in lines]
+
+
+def summary(values):
+    """As the tables write it: mean (lowest to highest, number of runs)."""
+    if len(values) < 2:
+        return "".join(f"{value:.0f} (1)" for value in values)
+    return f"{np.mean(values):.0f} ({min(values):.0f} to {max(values):.0f}, {len(values)})"
+
+
+def test_the_readmes_results_are_the_published_runs():
+    table = rows_of(README, "task and algorithm", *COLUMNS, "other code")
+    expected = [[row, *(summary(ends(row, arm, steps)) for arm in arms)] for row, (steps, *arms) in ROWS.items()]
+    assert [cells[:4] for cells in table] == expected
+
+
+def test_the_table_over_five_tasks_is_the_published_runs():
+    for cells, (row, (steps, *arms)) in zip(rows_of(RESULTS, "task", *COLUMNS), FIVE_TASKS.items(), strict=True):
+        expected = [summary(ends(row, arm, steps)).replace(", 3)", ")") for arm in arms]
+        assert cells == [row.partition(",")[0], *expected]
+
+
+def test_tables_of_seeds_are_the_published_runs():
+    found = {"HalfCheetah-v2-2x3, MATD3, 100,000 steps": [row[1:] for row in rows_of(RESULTS, "seed", *COLUMNS)]}
+    task = None
+    for row, _, *cells in rows_of(RESULTS, "task, steps", "seed", *COLUMNS):
+        task = row.replace(",", ", MAPPO,", 1) or task  # an empty cell means the task above
+        found.setdefault(task, []).append(cells)
+    assert len(found) == 3
+    for row, lines in found.items():
+        steps, *arms = ROWS[row]
+        for column, arm in zip(zip(*lines, strict=True), arms, strict=True):
+            *seeds, mean = filter(None, column)
+            values = ends(row, arm, steps)
+            assert sorted(seeds) == sorted(f"{value:.0f}" for value in values) and mean == f"{np.mean(values):.0f}"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("arguments", "name"), FIGURES, ids=[name for _, name in FIGURES])
+def test_a_figures_command_makes_its_csv_files(arguments, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = [word for pattern in shlex.split(arguments) for word in expand(pattern)]
+    monkeypatch.setattr(sys, "argv", [*words, "--out", str(tmp_path / name)])
+    figures.main()
+    made = {path.name: path.read_text() for path in tmp_path.glob("*.csv")}
+    assert made == {path.name: path.read_text() for path in ROOT.glob(f"docs/figures/{name}*.csv")} and made
+
+
+def expand(pattern):
+    """What a shell makes of a word: braces, then the folders that fit; words with a name or quotes stay."""
+    if "=" in pattern or "*" not in pattern:
+        return [pattern]
+    braces = re.search(r"\{(.*?)\}", pattern)
+    patterns = [pattern.replace(braces[0], x) for x in braces[1].split(",")] if braces else [pattern]
+    return [str(path.relative_to(ROOT)) for each in patterns for path in sorted(ROOT.glob(each))]
