@@ -117,7 +117,7 @@ class Limit:
     def __init__(self, ours):
         self.ours, batch = ours, ours.envs.batch
         self.frame_skip = ours.envs.task.frame_skip
-        self.batch = Batch(batch.model, batch.nsim, batch.nthread)  # (T, E, nu); per step None or (env ids, rows of batch.state)
+        self.batch = Batch(batch.model, batch.nsim, batch.nthread)  # without derived arrays
         self.measure()
 
     def measure(self):

@@ -73,7 +73,7 @@ def gradients(learner, kind, update, batch):
 
         optimizer.step = keep
     batch = SimpleNamespace(**{name: x.to(dtype) if x.is_floating_point() else x for name, x in batch.items()})
-    draws = mock.patch.object(torch, "randn_like", lambda x: torch.randn(x.shape).to(x.dtype))  # or float64 draws others
+    draws = mock.patch.object(torch, "randn_like", lambda x: torch.randn(x.shape).to(x.dtype))  # float64 draws others
     with torch.random.fork_rng(devices=[]), draws:
         torch.manual_seed(0)
         update(learner, batch)
