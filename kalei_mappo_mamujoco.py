@@ -53,7 +53,7 @@ class Args:
     eval_interval: int = 100_000  # environment steps between evaluations; 0: only at the end
     eval_episodes: int = 40  # episodes per evaluation, each in its own environment; 0: no evaluation
     save_model: bool = False  # write actor and critic to model.pt in the run's folder at every evaluation
-    capture_video: bool = False  # film an episode of each evaluation as a GIF in the run's folder, or beside the model
+    capture_video: bool = False  # film an episode of each evaluation: a GIF in the run's folder, or in the model's
     render: bool = False  # show an episode of each evaluation in a window; ignored with --capture-video
     track: bool = False  # also log to Weights & Biases: project WANDB_PROJECT, team WANDB_ENTITY
     checkpoint_interval: int = 0  # environment steps between checkpoints for --resume; 0: no checkpoints

@@ -478,7 +478,7 @@ class Reacher(Task):
     model_file, frame_skip, episode_limit, control_cost = "reacher.xml", 2, 50, 1.0
     fields = ("qpos", "qvel", "fingertip")
     partitions, neighbours = {"2x1": "joint0 | joint1"}, "joint0 joint1"
-    distances = 3  # the state has so many of its coordinates x, y, z
+    distances = 3  # coordinates of the distance in the state: x, y, z
 
     def bind(self, batch):
         self.qpos, self.qvel, xpos = batch.bind("qpos"), batch.bind("qvel"), batch.bind("xpos")
@@ -622,8 +622,8 @@ def agent_observations(state, num_agents, dtype=None, columns=None):
     """Each agent sees its part of the state and its one-hot id, standardised together.
 
     (..., S) -> (..., N, O), on the state's device, in `dtype` or the state's. Without `columns`, agents see the whole
-    state: O = S + N. With MaMuJoCoVecEnv's `columns` (N, W), agent i sees those in row i: O = W + N. Entries of -1 pad
-    the shorter rows and are observed as 0.
+    state: O = S + N. With MaMuJoCoVecEnv's `columns` (N, W), agent i sees the columns in row i: O = W + N. Entries of
+    -1 pad the shorter rows and are observed as 0.
     """
     new_zeros = np.zeros if isinstance(state, np.ndarray) else state.new_zeros
     width = state.shape[-1] if columns is None else columns.shape[-1]
