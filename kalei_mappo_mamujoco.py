@@ -46,7 +46,7 @@ class Args:
     """Train Kaleidoscope-MAPPO on a multi-agent MuJoCo task, or evaluate a saved model."""
 
     # run
-    exp_name: str = os.path.basename(__file__)[: -len(".py")]  # name of this experiment, part of the folder's name
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]  # name of this experiment, part of the run folder's name
     seed: int = 1  # random seed
     total_timesteps: int = 10_000_000  # environment steps of the run, summed over environments
     log_interval: int = 5_000  # environment steps between log entries of losses and masks; 0: no such entries
@@ -58,11 +58,11 @@ class Args:
     track: bool = False  # also log to Weights & Biases: project WANDB_PROJECT, team WANDB_ENTITY
     checkpoint_interval: int = 0  # environment steps between checkpoints for --resume; 0: no checkpoints
     resume: str | None = None  # continue the run in this folder with its flags; --total-timesteps may change its end
-    evaluate: str | None = None  # evaluate the model in this file or run folder on its task; no training
+    evaluate: str | None = None  # evaluate the model in this file or run folder on the model's task; no training
 
     # environment
     env_id: str | None = None  # task: robot, version and partition; default: Ant-v2-4x2, or the model's task
-    agent_obsk: int | None = None  # agents see joints up to this many joints away from theirs; default: the full state
+    agent_obsk: int | None = None  # agents see joints at most this many joints away; default: the full state
     episode_limit: int | None = None  # steps until an episode is truncated; default: the task's limit, 1000 for most
     num_envs: int = 20  # environments stepped in parallel by each process (E)
 
