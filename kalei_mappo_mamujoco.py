@@ -2,12 +2,12 @@
 
     python kalei_mappo_mamujoco.py --env-id Ant-v2-4x2           # train
     tensorboard --logdir runs                                    # watch
-    python kalei_mappo_mamujoco.py --evaluate runs/RUN/model.pt  # evaluate what --save-model wrote
+    python kalei_mappo_mamujoco.py --evaluate runs/RUN/model.pt  # evaluate the model that --save-model wrote
 
 All agents share one actor network. Each agent learns its own mask over the shared weights, and a diversity loss drives
 the masks apart: Li, Pan and Zhang, "Kaleidoscope: Learnable Masks for Heterogeneous Multi-agent Reinforcement Learning"
-(NeurIPS 2024, arXiv:2410.08540). The paper puts masks on MATD3. Here they are put on MAPPO (Yu et al. 2022,
-arXiv:2103.01955) with HARL's networks and tuned values (Zhong et al. 2024, arXiv:2304.09870).
+(NeurIPS 2024, arXiv:2410.08540). The paper puts masks on MATD3. This script puts them on MAPPO (Yu et al. 2022,
+arXiv:2103.01955), with HARL's networks and tuned values (Zhong et al. 2024, arXiv:2304.09870).
 
 Shapes: B batch, N agents, M masks, T steps, E environments; S, O and act are the sizes of the state, an agent's
 observation and an agent's action.
@@ -20,7 +20,7 @@ import time
 from types import SimpleNamespace
 from typing import Literal
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before PyTorch: its idle threads sleep and leave cores to others
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before PyTorch is imported: its idle threads then sleep, not spin
 
 import numpy as np
 import torch
@@ -46,43 +46,43 @@ class Args:
     """Train Kaleidoscope-MAPPO on a multi-agent MuJoCo task, or evaluate a saved model."""
 
     # run
-    exp_name: str = os.path.basename(__file__)[: -len(".py")]  # name of this experiment, part of the run's folder
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]  # name of this experiment, part of the run folder's name
     seed: int = 1  # random seed
     total_timesteps: int = 10_000_000  # environment steps of the run, summed over environments
     log_interval: int = 5_000  # environment steps between log entries of losses and masks; 0: no such entries
     eval_interval: int = 100_000  # environment steps between evaluations; 0: only at the end
     eval_episodes: int = 40  # episodes per evaluation, each in its own environment; 0: no evaluation
     save_model: bool = False  # write actor and critic to model.pt in the run's folder at every evaluation
-    capture_video: bool = False  # film an episode of each evaluation as a GIF in the run's folder, or beside the model
-    render: bool = False  # show an episode of each evaluation in a window, unless it is filmed
+    capture_video: bool = False  # film an episode of each evaluation: a GIF in the run's folder, or in the model's
+    render: bool = False  # show an episode of each evaluation in a window; ignored with --capture-video
     track: bool = False  # also log to Weights & Biases: project WANDB_PROJECT, team WANDB_ENTITY
     checkpoint_interval: int = 0  # environment steps between checkpoints for --resume; 0: no checkpoints
-    resume: str | None = None  # continue the run in this folder with its flags; --total-timesteps may move its end
-    evaluate: str | None = None  # evaluate the model in this file or run folder, on its own task; no training
+    resume: str | None = None  # continue the run in this folder with its flags; --total-timesteps may change its end
+    evaluate: str | None = None  # evaluate the model in this file or run folder on the model's task; no training
 
     # environment
-    env_id: str | None = None  # robot, version and partition; default: Ant-v2-4x2, or the model's
-    agent_obsk: int | None = None  # agents see joints up to this many steps from their own; default: the full state
-    episode_limit: int | None = None  # steps until an episode is truncated; default: the task's, 1000 for most
+    env_id: str | None = None  # task: robot, version and partition; default: Ant-v2-4x2, or the model's task
+    agent_obsk: int | None = None  # agents see joints at most this many joints away; default: the full state
+    episode_limit: int | None = None  # steps until an episode is truncated; default: the task's limit, 1000 for most
     num_envs: int = 20  # environments stepped in parallel by each process (E)
 
     # speed
     device: Literal["auto", "cpu", "cuda"] = "auto"  # device of the networks; auto: the GPU if there is one
-    num_threads: int = 0  # threads for the physics, 0: all usable CPUs; OMP_NUM_THREADS sets PyTorch's threads
+    num_threads: int = 0  # threads for the physics; 0: one per usable CPU; OMP_NUM_THREADS sets PyTorch's threads
     precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"  # auto: tf32 on GPUs, float32 on CPUs
-    cudagraph: bool = True  # on a GPU, launch each update as one CUDA graph; ignored with several processes
-    compile: bool = False  # fuse the updates' kernels by torch.compile, which takes minutes at the start
+    cudagraph: bool = True  # on a GPU, launch all updates of a rollout as one CUDA graph; not with several processes
+    compile: bool = False  # fuse the updates' kernels with torch.compile, which takes minutes at the start
 
     # MAPPO
     sharing: Literal["kaleidoscope", "full", "none"] = "kaleidoscope"  # agents share all but masks, all, or nothing
-    log_std: Literal["shared", "agent"] | None = None  # one std for all, or one each; default: shared if --sharing full
-    rollout_steps: int | None = None  # steps per environment in a rollout (T); tuned, like the flags to lr_schedule
-    num_epochs: int | None = None  # passes over a rollout (epochs)
-    num_minibatches: int | None = None  # minibatches per pass, one update each
-    clip: float | None = None  # clips the probability ratio to 1 +- this, and a value's change to +- this
-    entropy_coef: float | None = None  # weight of the entropy bonus
-    lr: float | None = None  # Adam's learning rate for everything but thresholds
-    lr_schedule: Literal["constant", "linear"] | None = None  # linear: learning rates fall to 0 over the run
+    log_std: Literal["shared", "agent"] | None = None  # std for all agents or each; default: shared if --sharing full
+    rollout_steps: int | None = None  # steps per environment in a rollout (T); default: tuned
+    num_epochs: int | None = None  # passes over a rollout (epochs); default: tuned
+    num_minibatches: int | None = None  # minibatches per pass, one update each; default: tuned
+    clip: float | None = None  # clips probability ratios to 1 +- this and value changes to +- this; default: tuned
+    entropy_coef: float | None = None  # weight of the entropy bonus; default: tuned
+    lr: float | None = None  # Adam's learning rate for everything but thresholds; default: tuned
+    lr_schedule: Literal["constant", "linear"] | None = None  # linear: rates fall to 0 over the run; default: tuned
     gamma: float = 0.99  # discount
     gae_lambda: float = 0.95  # lambda of the generalised advantage estimate
     max_grad_norm: float = 10.0  # gradients of actor and critic are clipped to this norm
@@ -92,19 +92,19 @@ class Args:
     output_gain: float = 0.01  # gain of the actor's output layer at initialisation
 
     # actor: one mask for each agent
-    actor_threshold_scale: float = 5.0  # thresholds start as -(U[0, 1) * scale + bias); |W| > sigmoid(s) is kept
+    actor_threshold_scale: float = 5.0  # thresholds s start as -(U[0, 1) * scale + bias); a mask keeps |W| > sigmoid(s)
     actor_threshold_bias: float = 4.0  # the first layer's bias; other layers shift it to suit the size of their weights
     actor_diversity_coef: float = 0.1  # beta: the diversity loss is scaled to this share of mean |surrogate|; 0: off
     actor_reset_interval: int = 1_000_000  # environment steps between resets of weights that no mask keeps; 0: off
-    actor_reset_ratio: float = 0.5  # probability of resetting such a weight
+    actor_reset_ratio: float = 0.5  # probability of resetting a weight that no mask keeps
     threshold_lr: float = 0.05  # Adam's learning rate for thresholds, which must go far in few updates
     threshold_eps: float = 1e-12  # Adam's epsilon for thresholds: their gradients are up to a million times smaller
     layer_weights: tuple[float, float, float, float] = (1.0, 2.0, 4.0, 8.0)  # lambda: weights of layers in L_div
-    weighted_diversity: bool = True  # weight a difference of masks by |W|
+    weighted_diversity: bool = True  # weight the differences between masks by |W|
     deque_len: int = 100  # updates over which losses are averaged for the adaptive coefficient
 
 
-# tuned by HARL for MAPPO, used for v5 tasks too; flags override them
+# values tuned by HARL for MAPPO, used for v5 tasks too; flags override them
 TUNED_FLAGS = ("rollout_steps", "num_epochs", "num_minibatches", "clip", "entropy_coef", "lr", "lr_schedule")
 TUNED = {
     "Ant-v2-4x2": (200, 5, 1, 0.1, 0.0, 5e-4, "constant"),
@@ -121,10 +121,10 @@ UNTUNED = (200, 5, 1, 0.1, 0.0, 5e-4, "constant")  # for the other env ids
 class MaskedLinear(nn.Module):
     """One weight W (out, in) and bias (out,), shared by M masks with thresholds s (M, out, in).
 
-    Mask k keeps the weights with |W| > sigmoid(s_k) and shrinks them by that: W_k = sign(W) relu(|W| - sigmoid(s_k)).
+    Mask k keeps the weights with |W| > sigmoid(s_k), shrunk by sigmoid(s_k): W_k = sign(W) relu(|W| - sigmoid(s_k)).
     Gradients reach W and s_k through W_k: the paper's adaptive partial parameter sharing, by the soft-threshold
-    reparameterisation of Kusupati et al. 2020. The other ways of sharing have no thresholds. `full`: all M use W as it
-    is. `none`: each of the M has its own weight and bias, (M, out, in) and (M, 1, out).
+    reparameterisation of Kusupati et al. 2020. The other ways of sharing have no thresholds. `full`: all M networks use
+    W unchanged. `none`: each network has its own weight and bias, (M, out, in) and (M, 1, out).
     """
 
     def __init__(self, num_masks, inputs, outputs, sharing, threshold_scale, threshold_bias):
@@ -141,12 +141,12 @@ class MaskedLinear(nn.Module):
                 self.thresholds.copy_(self.fresh_thresholds())
 
     def fresh_weight(self):
-        """Like W, drawn as torch.nn.Linear draws it."""
+        """A new weight of W's shape, drawn as torch.nn.Linear draws it."""
         bound = self.weight.shape[-1] ** -0.5
         return torch.empty_like(self.weight).uniform_(-bound, bound)
 
     def fresh_thresholds(self):
-        """(M, out, in), drawn as -(U[0, 1) * scale + bias)."""
+        """New thresholds (M, out, in), drawn as -(U[0, 1) * scale + bias)."""
         return -(torch.rand_like(self.thresholds) * self.threshold_scale + self.threshold_bias)
 
     def effective(self, which=slice(None)):
@@ -159,7 +159,7 @@ class MaskedLinear(nn.Module):
         return torch.sign(self.weight.detach()) * kept, self.bias  # detach: the gradient of a sign is 0
 
     def masks(self):
-        """(M, out, in) bool: the weights that each mask keeps."""
+        """(M, out, in) bool: True for weights that the mask keeps."""
         return self.weight.abs() > torch.sigmoid(self.thresholds)
 
 
@@ -172,7 +172,7 @@ class OrthogonalLinear(MaskedLinear):
         nn.init.zeros_(self.bias)
 
     def fresh_weight(self):
-        """Like W, drawn with entries of rms gain / sqrt(max(in, out))."""
+        """A new weight of W's shape, orthogonal, with entries of rms gain / sqrt(max(in, out))."""
         weight = torch.empty_like(self.weight)
         for matrix in weight.view(-1, *weight.shape[-2:]):
             nn.init.orthogonal_(matrix, self.gain)
@@ -180,7 +180,7 @@ class OrthogonalLinear(MaskedLinear):
 
 
 def masked_linear(x, weight, bias):
-    """M layers (M, out, in) on x (B, in) or (M, B, in) -> (M, B, out). Multiply in weight's dtype, add in bias's."""
+    """M layers (M, out, in) on x (B, in) or (M, B, in) -> (M, B, out). Multiplies in weight's dtype, adds in bias's."""
     x = x.to(weight.dtype).expand(len(weight), -1, -1)
     if weight.dtype != bias.dtype:  # bfloat16: round the operands and the product, then go on in float32
         return bias + x @ weight.mT
@@ -188,14 +188,14 @@ def masked_linear(x, weight, bias):
 
 
 class MaskedMLP(nn.Module):
-    """M networks of four masked layers with ReLU and LayerNorm between. Standardised inputs are scaled and shifted.
+    """M networks of four masked layers with ReLU and LayerNorm between them. Inputs must be standardised.
 
-    `sharing` is what they have in common: all but the masks (kaleidoscope), everything (full) or nothing (none).
-    Callers compute the effective layers once and pass them in, since these often serve many products.
+    `sharing` says what the networks share: all but the masks (kaleidoscope), everything (full) or nothing (none).
+    Callers compute the effective layers once and pass them in, because many forward passes can use them.
     """
 
     def __init__(self, num_masks, sizes, sharing, thresholds, output_gain, precision="float32"):
-        """sizes: (inputs, hidden, outputs); thresholds: (scale, bias) of the first layer's first values."""
+        """sizes: (inputs, hidden, outputs); thresholds: (scale, bias) of the first layer's initial values."""
         super().__init__()
         self.bfloat16, self.masked = precision == "bfloat16", sharing == "kaleidoscope"
         (inputs, hidden, outputs), (scale, bias) = sizes, thresholds
@@ -214,10 +214,10 @@ class MaskedMLP(nn.Module):
         self.register_buffer("zero", torch.zeros(hidden), persistent=False)
 
     def effective_layers(self):
-        """[(weight (M, out, in), bias (M, 1, out))], hidden weights in the dtype of their products.
+        """[(weight (M, out, in), bias (M, 1, out))]. In bfloat16, only hidden weights have that dtype.
 
-        They include the scale and shift of the norm before: W (scale * x + shift) + b = (W * scale) x + (W shift + b).
-        This is far less work than scaling a batch, and the first layer needs no gradient towards x.
+        They include the scale and shift of a norm before the layer, also before the first one: W (scale * x + shift) +
+        b = (W * scale) x + (W shift + b). This is far less work than scaling a batch, and x needs no gradient.
         """
         layers = []
         for norm, layer in zip(self.norms, self.layers, strict=True):
@@ -226,7 +226,7 @@ class MaskedMLP(nn.Module):
         return [(weight.bfloat16() if self.bfloat16 else weight, bias) for weight, bias in layers[:-1]] + layers[-1:]
 
     def forward(self, x, effective):
-        """Standardised x (B, in) or (M, B, in) -> (M, B, out): for each effective layer, one product for all masks."""
+        """Standardised x (B, in) or (M, B, in) -> (M, B, out): in each layer, one product for all masks."""
         x = masked_linear(x, *effective[0])
         for layer in effective[1:]:
             x = masked_linear(nn.functional.layer_norm(torch.relu_(x), x.shape[-1:], self.one, self.zero), *layer)
@@ -234,9 +234,9 @@ class MaskedMLP(nn.Module):
 
 
 class Actor(MaskedMLP):
-    """Gaussian policies of N agents, one mask each, in half action ranges: the bounds low, high (N, act) are -1 and 1.
+    """Gaussian policies of N agents, one mask each, in half action ranges: the bounds low, high (N, act) become -1, 1.
 
-    The mean is not bounded: actions are clipped and scaled only on their way to the environment (to_bounds).
+    Means and actions have no bounds. Only to_bounds, on the way to the environment, clips and scales actions.
     """
 
     def __init__(self, observation_size, low, high, args):
@@ -254,11 +254,11 @@ class Actor(MaskedMLP):
         return 0.5 * torch.sigmoid(self.log_std)
 
     def act(self, obs, effective):
-        """The policies' means as the environment takes them, for evaluation: obs (B, N, O) -> (B, N, act)."""
+        """Actions for evaluation, the policies' means, clipped and scaled: obs (B, N, O) -> (B, N, act)."""
         return self.to_bounds(self(obs.transpose(-3, -2), effective).transpose(-3, -2))
 
     def to_bounds(self, actions):
-        """The policies' actions (..., N, act) as the environment takes them, between low and high."""
+        """Clip the policies' actions (..., N, act) to [-1, 1] and scale them to low and high."""
         return actions.clamp(-1.0, 1.0) * self.scale + self.centre
 
     def sample(self, obs, effective, std):
@@ -273,18 +273,18 @@ class Actor(MaskedMLP):
         return (densities * self.real).sum(-1)  # without padded actions
 
     def entropy(self):
-        """(), the mean over agents."""
+        """The entropy of an agent's policy, mean over agents: ()."""
         return ((torch.log(self.std()) + 0.5 * math.log(2 * math.pi * math.e)) * self.real).sum(-1).mean()
 
 
 class Critic(MaskedMLP):
-    """The state's value in std of returns, by a network of the same kind without masks: state (B, S) -> (1, B, 1)."""
+    """The state's value, normalised as returns are, from a network without masks: state (B, S) -> (1, B, 1)."""
 
     def __init__(self, state_size, args):
-        # in float32: after some epochs, bfloat16's errors in gradients come near their noise
+        # float32: after some epochs, bfloat16's error in a gradient is up to a third of the gradient's noise
         super().__init__(1, (state_size, args.hidden_size, 1), "full", thresholds=(0.0, 0.0), output_gain=1.0)
         self.beta = args.value_norm_beta
-        self.register_buffer("averages", torch.zeros(3))  # of returns, their squares and 1; they start at 0, as Adam's
+        self.register_buffer("averages", torch.zeros(3))  # means of returns, their squares and 1, starting at 0
 
     def update_value_norm(self, returns):
         """Add returns, of any shape, to the running averages."""
@@ -303,8 +303,8 @@ class PairwiseMaskDifference(torch.autograd.Function):
     """sum_ij || (M_i - M_j) * |W| ||_1 over all ordered pairs of a layer's masks, in O(M) instead of O(M^2).
 
     A weight that k of the M masks keep differs in 2 k (M - k) ordered pairs. backward gives mask i the gradient of the
-    sum above, 2 (M M_i - k) |W|; autograd on k (M - k) would give all masks the same one. The step function
-    M_i = 1[|W| > sigmoid(s_i)] passes it on as tanh(gradient), to thresholds only, not to W.
+    sum above, 2 (M M_i - k) |W|; autograd on k (M - k) would give all masks the same gradient. The step function
+    M_i = 1[|W| > sigmoid(s_i)] passes on tanh(gradient), to the thresholds only, not to W.
     """
 
     @staticmethod
@@ -313,7 +313,7 @@ class PairwiseMaskDifference(torch.autograd.Function):
         sigmoid, magnitude = torch.sigmoid(thresholds), weight.abs()
         masks = magnitude > sigmoid
         importance = magnitude if weighted else torch.ones_like(magnitude)
-        keep = masks.sum(0, dtype=weight.dtype)  # k of each weight
+        keep = masks.sum(0, dtype=weight.dtype)  # k for each weight
         drop = len(masks) - keep
         ctx.save_for_backward(sigmoid, masks, keep * importance, drop * importance)
         return (2 * keep * drop * importance).sum()
@@ -321,15 +321,15 @@ class PairwiseMaskDifference(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         sigmoid, masks, keep, drop = ctx.saved_tensors
-        kept, dropped = torch.tanh(2 * grad * drop), torch.tanh(-2 * grad * keep)  # for masks that keep, drop a weight
-        slope = (sigmoid - 1).mul_(sigmoid)  # of -sigmoid(s)
+        kept, dropped = torch.tanh(2 * grad * drop), torch.tanh(-2 * grad * keep)  # if the mask keeps, drops the weight
+        slope = (sigmoid - 1).mul_(sigmoid)  # derivative of -sigmoid(s)
         return slope.mul_(torch.where(masks, kept, dropped)), None, None
 
 
 def diversity_loss(network, layer_weights, weighted=True):
-    """L_div, the paper's diversity regularisation: (), minus the weighted mean difference of masks; 0 without masks.
+    """L_div (), the paper's diversity loss: minus the weighted mean difference between masks; 0 without masks.
 
-    Normalised as in the released code, by M (M - 1) and the number of weights.
+    It is divided by M (M - 1) and by the number of weights, as in the released code.
     """
     layers = network.layers
     if not network.masked:
@@ -341,7 +341,7 @@ def diversity_loss(network, layer_weights, weighted=True):
 
 
 class AdaptiveCoefficient(nn.Module):
-    """The weight of the diversity loss: |beta * mean(RL losses) / mean(diversity losses)| over the latest `length`."""
+    """Factor of the diversity loss: |beta * mean(RL losses) / mean(diversity losses)| over `length` latest updates."""
 
     def __init__(self, beta, length, device):
         super().__init__()
@@ -362,13 +362,13 @@ class AdaptiveCoefficient(nn.Module):
 
 # ---- Resets ----
 def reset_due(interval, previous_step, step, total_steps):
-    """Whether a multiple of `interval` was reached. No reset happens during the run's last interval."""
+    """True if this round reached a multiple of `interval`; never during the run's last interval."""
     return reached(interval, previous_step, step) and total_steps - step > interval
 
 
 @torch.no_grad()
 def reset_actor(actor, ratio):
-    """Draw anew, with probability `ratio`, each weight that no mask keeps, and its thresholds. Returns how many."""
+    """Draw weights that no mask keeps, and their thresholds, anew with probability `ratio`. Returns how many, ()."""
     num_reset = 0
     for layer in actor.layers:
         reset = ~layer.masks().any(0) & (torch.rand_like(layer.weight) < ratio)
@@ -380,11 +380,11 @@ def reset_actor(actor, ratio):
 
 # ---- Rollout and advantages ----
 class Rollout:
-    """T steps of E environments on the device. It stores states only: observations follow from them."""
+    """T steps of E environments, on the device. Observations are computed from the stored states."""
 
     def __init__(self, steps, num_envs, state_size, action_shape, device):
         self.state = torch.zeros(steps, num_envs, state_size, device=device)
-        self.actions = torch.zeros(steps, num_envs, *action_shape, device=device)  # the policy's, not clipped
+        self.actions = torch.zeros(steps, num_envs, *action_shape, device=device)  # as sampled, not clipped
         self.reward = torch.zeros(steps, num_envs, device=device)
         self.next_state = torch.zeros_like(self.state)  # after the action, before any reset
         self.terminated = torch.zeros_like(self.reward, dtype=torch.bool)
@@ -399,7 +399,7 @@ class Rollout:
 
 
 def estimate_advantages(reward, values, next_values, terminated, truncated, gamma, gae_lambda):
-    """Generalised advantage estimates (T, E), from tensors (T, E); next_values are of the states before any reset."""
+    """Generalised advantage estimates (T, E) from tensors (T, E). next_values: of the next states, before any reset."""
     deltas = reward + gamma * next_values * ~terminated - values  # a truncated episode bootstraps from its final state
     goes_on = ~(terminated | truncated)
     advantages, later = torch.empty_like(deltas), torch.zeros_like(deltas[0])
@@ -429,7 +429,7 @@ class Learner(nn.Module):
         """Adam; thresholds, if there are any, have their own learning rate and epsilon."""
         parameters, args = dict(network.named_parameters()), self.args
         thresholds = [parameters.pop(name) for name in list(parameters) if name.endswith("thresholds")]
-        # learning rates as tensors, so that they can fall in a CUDA graph; Adam takes no float64 on a GPU
+        # learning rates are tensors, so that they can fall in a CUDA graph; on a GPU, Adam takes no float64
         dtype = torch.float32 if device.type == "cuda" else torch.float64
         lr, threshold_lr = torch.tensor([args.lr, args.threshold_lr], dtype=dtype, device=device)
         groups = [dict(params=list(parameters.values()), lr=lr, eps=1e-5)]
@@ -444,7 +444,7 @@ class Learner(nn.Module):
 
     @torch.no_grad()
     def prepare(self, rollout):
-        """(batch, logs): a rollout's B = T E steps as updates take them, and what can be logged before the updates."""
+        """Make the batch of a rollout's B = T E steps. Returns (batch, logs that are known before the updates)."""
         args, critic, shape = self.args, self.critic, rollout.reward.shape
         state = critic_state(rollout.state).flatten(0, 1)
         both = torch.cat([state, critic_state(rollout.next_state).flatten(0, 1)])
@@ -467,14 +467,14 @@ class Learner(nn.Module):
             actions=actions,  # (N, B, act)
             log_prob=self.actor.log_prob(obs, actions, self.actor.effective_layers()),  # (N, B), before the updates
             advantages=((advantages - advantages_mean) / (advantages_std + 1e-5)).flatten(),  # (B,), normalised
-            values=predictions[: len(state)],  # (B,), in std of returns, before the updates
-            returns=((returns - returns_mean) / returns_std).flatten(),  # (B,), in std of returns
+            values=predictions[: len(state)],  # (B,), normalised as returns are, before the updates
+            returns=((returns - returns_mean) / returns_std).flatten(),  # (B,), normalised
         )
         explained = 1 - advantages.var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
         return batch, {"losses/explained_variance": explained, "values/value": values.mean()}
 
     def step(self, optimizer, network, loss, separate=False):
-        """One step, gradient norm clipped; with `separate`, of each agent's part (N, ...). Returns the mean norm."""
+        """One step with clipped gradient norm; `separate`: one norm for each agent. Returns the mean norm."""
         optimizer.zero_grad()
         loss.backward()
         gradients = [parameter.grad for parameter in network.parameters()]
@@ -491,16 +491,16 @@ class Learner(nn.Module):
         args = self.args
         log_prob = self.actor.log_prob(batch.obs[:, rows], batch.actions[:, rows], self.actor.effective_layers())
         log_ratio = log_prob - batch.log_prob[:, rows]  # (N, b)
-        ratio = log_ratio.exp()  # of an agent's joint action: the product over its dimensions
+        ratio = log_ratio.exp()  # (N, b): the product over an agent's action dimensions
         advantages, clipped = batch.advantages[rows], ratio.clamp(1 - args.clip, 1 + args.clip)  # (b,), (N, b)
-        surrogate = torch.minimum(ratio * advantages, clipped * advantages)  # (N, b), PPO's, to be maximised
+        surrogate = torch.minimum(ratio * advantages, clipped * advantages)  # (N, b), PPO's objective
         entropy = self.actor.entropy()
         loss = -surrogate.mean()
         diversity = diversity_loss(self.actor, args.layer_weights, args.weighted_diversity)
-        # beta scales by the surrogate's mean absolute value, since its mean is about 0 whatever its size
+        # scale L_div by the mean absolute surrogate: the mean surrogate is always about 0
         coefficient = self.actor_coefficient(surrogate.abs().mean(), diversity)
         total = loss - args.entropy_coef * entropy + coefficient * diversity
-        separate = args.sharing == "none"  # N learners: sum their losses, clip each norm; Adam works by element
+        separate = args.sharing == "none"  # N learners: sum their losses, clip each norm; Adam is elementwise
         norm = self.step(self.actor_optimizer, self.actor, total * self.num_agents if separate else total, separate)
         return {
             "losses/actor_grad_norm": norm,
@@ -526,7 +526,7 @@ class Learner(nn.Module):
     def update(self, rollout):
         """All updates on a rollout. Returns {name: loss (), the mean over the updates}."""
         batch, known = self.prepare(rollout)
-        logs, minibatches = [], [slice(None)]  # a single minibatch is the whole rollout, uncopied
+        logs, minibatches = [], [slice(None)]  # one minibatch: the whole rollout, not copied
         for _ in range(self.args.num_epochs):
             if self.args.num_minibatches > 1:
                 minibatches = torch.rand_like(batch.returns).argsort().tensor_split(self.args.num_minibatches)
@@ -535,17 +535,17 @@ class Learner(nn.Module):
         return known | {name: torch.stack([log[name] for log in logs]).mean() for name in logs[0]}
 
 
-# ---- One launch an update ----
+# ---- One launch per update ----
 class GraphedUpdate:
-    """Calls `update`, compiled if asked for, and on a GPU as a CUDA graph: recorded once, launched as a whole.
+    """Calls `update`, compiled if asked for. On a GPU, it records `update` once as a CUDA graph and launches the graph.
 
-    Each launch reuses the recorded memory: it overwrites the tensors returned before. Python's numbers and the branches
-    of an `if` stay as recorded. `update` returns a dict of tensors and must never wait for the GPU.
+    Each launch overwrites the tensors that the last one returned. Python numbers and the branches of an `if` stay as
+    recorded. `update` must return a dict of tensors and must never wait for the GPU.
     """
 
     def __init__(self, update, device, cudagraph, compile):
         if compile:
-            torch._inductor.config.fallback_random = True  # draw the numbers that eager code draws
+            torch._inductor.config.fallback_random = True  # draw the same random numbers as eager code
             update = torch.compile(update)
         self.update, self.calls, self.graph = update, 0, None
         self.stream = torch.cuda.Stream(device) if cudagraph and device.type == "cuda" else None
@@ -554,7 +554,7 @@ class GraphedUpdate:
         self.calls += 1
         if self.stream is None:
             return self.update()
-        if self.calls <= 3:  # run eagerly on a side stream first, to make Adam's moments and the like before recording
+        if self.calls <= 3:  # first run eagerly on a side stream, so that Adam's moments and the like exist
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 logs = self.update()
@@ -562,7 +562,7 @@ class GraphedUpdate:
             return logs
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):  # records, and changes nothing
+            with torch.cuda.graph(self.graph):  # records without running
                 self.logs = self.update()
         self.graph.replay()
         return self.logs
@@ -570,16 +570,16 @@ class GraphedUpdate:
 
 # ---- Environments ----
 def make_env(args, seed, num_envs):
-    """`num_envs` environments side by side, for training or evaluation. Put another environment in here."""
+    """`num_envs` environments side by side, for training or evaluation. Return your own environment here."""
     try:
         return MaMuJoCoVecEnv(args.env_id, num_envs, seed, args.num_threads, args.episode_limit, args.agent_obsk)
-    except EnvError as error:  # a wrong flag; any other error is one of the program
+    except EnvError as error:  # a wrong flag; other errors are bugs
         fail(error)
 
 
 # ---- Command line ----
 def parse_args(argv=None):
-    """(args, checkpoint or None), with tuned values. Checks the flags whose mistakes would show up late, or never."""
+    """Returns (args with tuned values, checkpoint or None). Checks flags whose mistakes would show late or never."""
     args, checkpoint = tyro.cli(Args, args=check_flag_names(check_help(argv, Args), Args)), None
     if args.resume is not None:
         checkpoint = read_checkpoint(args.resume, Args)
@@ -595,7 +595,7 @@ def parse_args(argv=None):
     rows, parts = args.rollout_steps * args.num_envs, args.num_minibatches
     require(parts <= rows, f"--num-minibatches is {parts}, expected at most the {rows} steps of a rollout")
     # auto never means bfloat16: on Ant, two of three bfloat16 seeds ended below all float32 seeds
-    if args.evaluate is None:  # a model has a precision of its own
+    if args.evaluate is None:  # with --evaluate, load_actor chooses it
         args.precision = resolve_precision(args.precision, device_type(args.device), auto_bfloat16=False)
     return args, checkpoint
 
@@ -613,7 +613,7 @@ def main():
     torch.manual_seed(args.seed)
     seed = processes.seed_of_process(args.seed, rank)
     envs = make_env(args, seed, args.num_envs)
-    space, all_envs = envs.single_action_space, args.num_envs * num_processes  # of all processes
+    space, all_envs = envs.single_action_space, args.num_envs * num_processes  # all_envs: in all processes
     learner = Learner(envs.state_size, space.low, space.high, args, device, envs.columns)
     actor = learner.actor
     rollout = Rollout(args.rollout_steps, args.num_envs, envs.state_size, space.shape, device)
@@ -630,10 +630,10 @@ def main():
         obs, (global_step, num_updates, eval_due), _ = restore_checkpoint(checkpoint, learner, envs)
     state = envs.state
     run_folder, writer = open_run(args, device, global_step, rank)
-    last_step = -(-args.total_timesteps // rollout_size) * rollout_size  # a rollout is always whole
+    last_step = -(-args.total_timesteps // rollout_size) * rollout_size  # a run ends with a whole rollout
     progress = tqdm(total=last_step, initial=global_step, unit="step", unit_scale=True, disable=rank > 0)
     around = (eval_envs, viewer, stop, run_folder, writer, progress)
-    # on --resume, first make up for an evaluation that a signal ended early
+    # on --resume, first repeat an evaluation that a signal ended early
     eval_due = eval_due and not evaluate_and_save(learner, global_step, status, *around)
     stopping = processes.any_process(eval_due, device)
 
@@ -644,7 +644,7 @@ def main():
         steps = []
         with torch.no_grad():
             effective, std = actor.effective_layers(), actor.std()
-            torch.set_num_threads(1)  # waiting threads of PyTorch spin on cores that the physics could use
+            torch.set_num_threads(1)  # more threads would spin, or would have to be woken at every step
             for _ in range(args.rollout_steps):
                 actions = actor.sample(torch.as_tensor(obs, device=device), effective, std)
                 obs, reward, terminated, truncated, infos = envs.step(actor.to_bounds(actions).cpu().numpy())
@@ -677,7 +677,7 @@ def main():
         # evaluate, save
         finished = global_step >= args.total_timesteps
         eval_due = finished or reached(args.eval_interval, previous_step, global_step)
-        eval_due = eval_due and not evaluate_and_save(learner, global_step, status, *around)  # True: cut by a signal
+        eval_due = eval_due and not evaluate_and_save(learner, global_step, status, *around)  # True: a signal ended it
         stopping = processes.any_process(stop.received is not None and (eval_due or not finished), device)
         checkpoint_due = finished or stopping or reached(args.checkpoint_interval, previous_step, global_step)
         if args.checkpoint_interval and checkpoint_due:

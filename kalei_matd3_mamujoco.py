@@ -2,7 +2,7 @@
 
     python kalei_matd3_mamujoco.py --env-id Ant-v2-4x2           # train
     tensorboard --logdir runs                                    # watch
-    python kalei_matd3_mamujoco.py --evaluate runs/RUN/model.pt  # evaluate what --save-model wrote
+    python kalei_matd3_mamujoco.py --evaluate runs/RUN/model.pt  # evaluate the model that --save-model wrote
 
 All agents share one actor network, and all critics share one critic network. Each agent and each critic learns its own
 mask over the shared weights, and a diversity loss drives the masks apart: Li, Pan and Zhang, "Kaleidoscope: Learnable
@@ -21,7 +21,7 @@ import time
 from types import SimpleNamespace
 from typing import Literal
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before PyTorch: its idle threads sleep and leave cores to others
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before PyTorch is imported: its idle threads then sleep, not spin
 
 import numpy as np
 import torch
@@ -47,32 +47,32 @@ class Args:
     """Train Kaleidoscope-MATD3 on a multi-agent MuJoCo task, or evaluate a saved model."""
 
     # run
-    exp_name: str = os.path.basename(__file__)[: -len(".py")]  # name of this experiment, part of the run's folder
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]  # name of this experiment, part of the run folder's name
     seed: int = 1  # random seed
     total_timesteps: int = 10_000_000  # environment steps of the run, summed over environments
     log_interval: int = 5_000  # environment steps between log entries of losses and masks; 0: no such entries
     eval_interval: int = 100_000  # environment steps between evaluations; 0: only at the end
     eval_episodes: int = 40  # episodes per evaluation, each in its own environment; 0: no evaluation
     save_model: bool = False  # write actor and critic to model.pt in the run's folder at every evaluation
-    capture_video: bool = False  # film an episode of each evaluation as a GIF in the run's folder, or beside the model
-    render: bool = False  # show an episode of each evaluation in a window, unless it is filmed
+    capture_video: bool = False  # film an episode of each evaluation: a GIF in the run's folder, or in the model's
+    render: bool = False  # show an episode of each evaluation in a window; ignored with --capture-video
     track: bool = False  # also log to Weights & Biases: project WANDB_PROJECT, team WANDB_ENTITY
     checkpoint_interval: int = 0  # environment steps between checkpoints for --resume; 0: no checkpoints
-    resume: str | None = None  # continue the run in this folder with its flags; --total-timesteps may move its end
-    evaluate: str | None = None  # evaluate the model in this file or run folder, on its own task; no training
+    resume: str | None = None  # continue the run in this folder with its flags; --total-timesteps may change its end
+    evaluate: str | None = None  # evaluate the model in this file or run folder on the model's task; no training
 
     # environment
-    env_id: str | None = None  # robot, version and partition; default: Ant-v2-4x2, or the model's
-    agent_obsk: int | None = None  # agents see joints up to this many steps from their own; default: the full state
-    episode_limit: int | None = None  # steps until an episode is truncated; default: the task's, 1000 for most
+    env_id: str | None = None  # task: robot, version and partition; default: Ant-v2-4x2, or the model's task
+    agent_obsk: int | None = None  # agents see joints at most this many joints away; default: the full state
+    episode_limit: int | None = None  # steps until an episode is truncated; default: the task's limit, 1000 for most
     num_envs: int = 10  # environments stepped in parallel by each process (E)
 
     # speed
     device: Literal["auto", "cpu", "cuda"] = "auto"  # device of the networks; auto: the GPU if there is one
-    num_threads: int = 0  # threads for the physics, 0: all usable CPUs; OMP_NUM_THREADS sets PyTorch's threads
+    num_threads: int = 0  # threads for the physics; 0: one per usable CPU; OMP_NUM_THREADS sets PyTorch's threads
     precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"  # auto: tf32 on GPUs, bfloat16 on CPUs with it
     cudagraph: bool = True  # on a GPU, launch each update as one CUDA graph; ignored with several processes
-    compile: bool = False  # fuse the updates' kernels by torch.compile, which takes minutes at the start
+    compile: bool = False  # fuse the updates' kernels with torch.compile, which takes minutes at the start
 
     # MATD3
     sharing: Literal["kaleidoscope", "full", "none"] = "kaleidoscope"  # agents share all but masks, all, or nothing
@@ -93,15 +93,15 @@ class Args:
     hidden_size: int = 256  # width of both hidden layers of actor and critic
 
     # actor: one mask for each agent
-    actor_threshold_scale: float = 5.0  # thresholds start as -(U[0, 1) * scale + bias); |W| > sigmoid(s) is kept
+    actor_threshold_scale: float = 5.0  # thresholds s start as -(U[0, 1) * scale + bias); a mask keeps |W| > sigmoid(s)
     actor_threshold_bias: float = 5.0  # see actor_threshold_scale
     actor_diversity_coef: float = 0.1  # beta: the diversity loss is scaled to this share of the actor loss; 0: off
     actor_reset_interval: int = 1_000_000  # environment steps between resets of weights that no mask keeps; 0: off
-    actor_reset_ratio: float = 0.5  # probability of resetting such a weight
+    actor_reset_ratio: float = 0.5  # probability of resetting a weight that no mask keeps
 
     # critic: one mask for each member of the ensemble
     num_critics: int = 5  # members of the ensemble (K)
-    critic_sharing: Literal["kaleidoscope", "none"] = "kaleidoscope"  # as sharing; none: as in TD3
+    critic_sharing: Literal["kaleidoscope", "none"] = "kaleidoscope"  # critics share all but masks, or nothing
     critic_layer_norm: bool = True  # LayerNorm before each ReLU of the critic
     critic_threshold_scale: float = 20.0  # see actor_threshold_scale
     critic_threshold_bias: float = 0.0  # see actor_threshold_scale
@@ -110,11 +110,11 @@ class Args:
 
     # actor and critic
     layer_weights: tuple[float, float, float] = (1.0, 2.0, 4.0)  # lambda: weights of the layers in the diversity loss
-    weighted_diversity: bool = True  # weight a difference of masks by |W|
+    weighted_diversity: bool = True  # weight the differences between masks by |W|
     deque_len: int = 100  # policy updates over which losses are averaged for the adaptive coefficients
 
 
-# tuned by the authors, used for v5 tasks too; flags override them
+# values tuned by the authors, used for v5 tasks too; flags override them
 TUNED_FLAGS = ("n_step", "policy_freq")
 TUNED = {
     "Ant-v2-4x2": (5, 2),
@@ -131,10 +131,10 @@ UNTUNED = (10, 2)  # for the other env ids
 class MaskedLinear(nn.Module):
     """One weight W (out, in) and bias (out,), shared by M masks with thresholds s (M, out, in).
 
-    Mask k keeps the weights with |W| > sigmoid(s_k) and shrinks them by that: W_k = sign(W) relu(|W| - sigmoid(s_k)).
+    Mask k keeps the weights with |W| > sigmoid(s_k), shrunk by sigmoid(s_k): W_k = sign(W) relu(|W| - sigmoid(s_k)).
     Gradients reach W and s_k through W_k: the paper's adaptive partial parameter sharing, by the soft-threshold
-    reparameterisation of Kusupati et al. 2020. The other ways of sharing have no thresholds. `full`: all M use W as it
-    is. `none`: each of the M has its own weight and bias, (M, out, in) and (M, 1, out).
+    reparameterisation of Kusupati et al. 2020. The other ways of sharing have no thresholds. `full`: all M networks use
+    W unchanged. `none`: each network has its own weight and bias, (M, out, in) and (M, 1, out).
     """
 
     def __init__(self, num_masks, inputs, outputs, sharing, threshold_scale, threshold_bias):
@@ -151,12 +151,12 @@ class MaskedLinear(nn.Module):
                 self.thresholds.copy_(self.fresh_thresholds())
 
     def fresh_weight(self):
-        """Like W, drawn as torch.nn.Linear draws it."""
+        """A new weight of W's shape, drawn as torch.nn.Linear draws it."""
         bound = self.weight.shape[-1] ** -0.5
         return torch.empty_like(self.weight).uniform_(-bound, bound)
 
     def fresh_thresholds(self):
-        """(M, out, in), drawn as -(U[0, 1) * scale + bias)."""
+        """New thresholds (M, out, in), drawn as -(U[0, 1) * scale + bias)."""
         return -(torch.rand_like(self.thresholds) * self.threshold_scale + self.threshold_bias)
 
     def effective(self, which=slice(None)):
@@ -169,12 +169,12 @@ class MaskedLinear(nn.Module):
         return torch.sign(self.weight.detach()) * kept, self.bias  # detach: the gradient of a sign is 0
 
     def masks(self):
-        """(M, out, in) bool: the weights that each mask keeps."""
+        """(M, out, in) bool: True for weights that the mask keeps."""
         return self.weight.abs() > torch.sigmoid(self.thresholds)
 
 
 def masked_linear(x, weight, bias):
-    """M layers (M, out, in) on x (B, in) or (M, B, in) -> (M, B, out). Multiply in weight's dtype, add in bias's."""
+    """M layers (M, out, in) on x (B, in) or (M, B, in) -> (M, B, out). Multiplies in weight's dtype, adds in bias's."""
     x = x.to(weight.dtype).expand(len(weight), -1, -1)
     if weight.dtype != bias.dtype:  # bfloat16: round the operands and the product, then go on in float32
         return bias + x @ weight.mT
@@ -184,29 +184,29 @@ def masked_linear(x, weight, bias):
 class MaskedMLP(nn.Module):
     """M networks of three masked layers with ReLU between them and, with `layer_norm`, a LayerNorm before each ReLU.
 
-    `sharing` is what they have in common: all but the masks (kaleidoscope), everything (full) or nothing (none).
-    Callers compute the effective layers once and pass them in, since these often serve many products.
+    `sharing` says what the networks share: all but the masks (kaleidoscope), everything (full) or nothing (none).
+    Callers compute the effective layers once and pass them in, because many forward passes can use them.
     """
 
     def __init__(self, num_masks, sizes, sharing, thresholds, layer_norm, precision="float32"):
-        """sizes: (inputs, hidden, outputs); thresholds: (scale, bias) of their first values."""
+        """sizes: (inputs, hidden, outputs); thresholds: (scale, bias) of their initial values."""
         super().__init__()
         self.bfloat16 = precision == "bfloat16"
         inputs, hidden, outputs = sizes
         shapes = ((inputs, hidden), (hidden, hidden), (hidden, outputs))
         self.layers = nn.ModuleList(MaskedLinear(num_masks, *shape, sharing, *thresholds) for shape in shapes)
         self.masked = sharing == "kaleidoscope"
-        # networks that share nothing have norms without scale and shift
+        # all networks share a norm's scale and shift; networks that share nothing have none
         norms = (nn.LayerNorm(hidden, elementwise_affine=sharing != "none") for _ in range(2))
         self.norms = nn.ModuleList(norms if layer_norm else (nn.Identity(), nn.Identity()))
 
     def effective_layers(self, which=slice(None)):
-        """[(weight (m, out, in), bias)] of a slice of m masks, hidden weights in the dtype of their products."""
+        """[(weight (m, out, in), bias)] of a slice of m masks. In bfloat16, only hidden weights have that dtype."""
         *hidden, output = [layer.effective(which) for layer in self.layers]
         return [(weight.bfloat16() if self.bfloat16 else weight, bias) for weight, bias in hidden] + [output]
 
     def forward(self, x, effective):
-        """x (B, in) or (M, B, in) -> (M, B, out): for each effective layer, one product for all masks."""
+        """x (B, in) or (M, B, in) -> (M, B, out): in each layer, one product for all masks."""
         return self.after_first(masked_linear(x, *effective[0]), effective)
 
     def after_first(self, x, effective):
@@ -217,7 +217,7 @@ class MaskedMLP(nn.Module):
 
 
 class Actor(MaskedMLP):
-    """Deterministic policies of N agents, one mask each: tanh, scaled to the action bounds low and high (N, act)."""
+    """Deterministic policies of N agents, one mask each. A scaled tanh keeps actions within low and high (N, act)."""
 
     def __init__(self, observation_size, low, high, args):
         thresholds = (args.actor_threshold_scale, args.actor_threshold_bias)
@@ -237,7 +237,7 @@ class Actor(MaskedMLP):
 
 
 class Critic(MaskedMLP):
-    """An ensemble of K action values, one mask each: state and joint action (B, S + N act) -> (K, B, 1)."""
+    """K action-value functions, one mask each: state and joint action (B, S + N act) -> (K, B, 1)."""
 
     def __init__(self, inputs, args):
         thresholds = (args.critic_threshold_scale, args.critic_threshold_bias)
@@ -250,8 +250,8 @@ class PairwiseMaskDifference(torch.autograd.Function):
     """sum_ij || (M_i - M_j) * |W| ||_1 over all ordered pairs of a layer's masks, in O(M) instead of O(M^2).
 
     A weight that k of the M masks keep differs in 2 k (M - k) ordered pairs. backward gives mask i the gradient of the
-    sum above, 2 (M M_i - k) |W|; autograd on k (M - k) would give all masks the same one. The step function
-    M_i = 1[|W| > sigmoid(s_i)] passes it on as tanh(gradient), to thresholds only, not to W.
+    sum above, 2 (M M_i - k) |W|; autograd on k (M - k) would give all masks the same gradient. The step function
+    M_i = 1[|W| > sigmoid(s_i)] passes on tanh(gradient), to the thresholds only, not to W.
     """
 
     @staticmethod
@@ -260,7 +260,7 @@ class PairwiseMaskDifference(torch.autograd.Function):
         sigmoid, magnitude = torch.sigmoid(thresholds), weight.abs()
         masks = magnitude > sigmoid
         importance = magnitude if weighted else torch.ones_like(magnitude)
-        keep = masks.sum(0, dtype=weight.dtype)  # k of each weight
+        keep = masks.sum(0, dtype=weight.dtype)  # k for each weight
         drop = len(masks) - keep
         ctx.save_for_backward(sigmoid, masks, keep * importance, drop * importance)
         return (2 * keep * drop * importance).sum()
@@ -268,15 +268,15 @@ class PairwiseMaskDifference(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         sigmoid, masks, keep, drop = ctx.saved_tensors
-        kept, dropped = torch.tanh(2 * grad * drop), torch.tanh(-2 * grad * keep)  # for masks that keep, drop a weight
-        slope = (sigmoid - 1).mul_(sigmoid)  # of -sigmoid(s)
+        kept, dropped = torch.tanh(2 * grad * drop), torch.tanh(-2 * grad * keep)  # if the mask keeps, drops the weight
+        slope = (sigmoid - 1).mul_(sigmoid)  # derivative of -sigmoid(s)
         return slope.mul_(torch.where(masks, kept, dropped)), None, None
 
 
 def diversity_loss(network, layer_weights, weighted=True):
-    """L_div, the paper's diversity regularisation: (), minus the weighted mean difference of masks; 0 without masks.
+    """L_div (), the paper's diversity loss: minus the weighted mean difference between masks; 0 without masks.
 
-    Normalised as in the released code, by M (M - 1) and the number of weights.
+    It is divided by M (M - 1) and by the number of weights, as in the released code.
     """
     layers = network.layers
     if not network.masked:
@@ -288,7 +288,7 @@ def diversity_loss(network, layer_weights, weighted=True):
 
 
 class AdaptiveCoefficient(nn.Module):
-    """The weight of the diversity loss: |beta * mean(RL losses) / mean(diversity losses)| over the latest `length`."""
+    """Factor of the diversity loss: |beta * mean(RL losses) / mean(diversity losses)| over `length` latest updates."""
 
     def __init__(self, beta, length, device):
         super().__init__()
@@ -309,13 +309,13 @@ class AdaptiveCoefficient(nn.Module):
 
 # ---- Resets ----
 def reset_due(interval, previous_step, step, total_steps):
-    """Whether a multiple of `interval` was reached. No reset happens during the run's last interval."""
+    """True if this round reached a multiple of `interval`; never during the run's last interval."""
     return reached(interval, previous_step, step) and total_steps - step > interval
 
 
 @torch.no_grad()
 def reset_actor(actor, ratio):
-    """Draw anew, with probability `ratio`, each weight that no mask keeps, and its thresholds. Returns how many."""
+    """Draw weights that no mask keeps, and their thresholds, anew with probability `ratio`. Returns how many, ()."""
     num_reset = 0
     for layer in actor.layers:
         reset = ~layer.masks().any(0) & (torch.rand_like(layer.weight) < ratio)
@@ -327,7 +327,7 @@ def reset_actor(actor, ratio):
 
 @torch.no_grad()
 def reset_critic(critic, number):
-    """Draw one member's thresholds anew and return which: member 0 at reset number 1, then 1, 2, ..., in turn."""
+    """Draw one member's thresholds anew. Returns the member: 0 at reset number 1, then 1, ..., K - 1, 0, ..."""
     member = (number - 1) % len(critic.layers[0].thresholds)
     for layer in critic.layers:
         layer.thresholds[member] = layer.fresh_thresholds()[member]
@@ -336,11 +336,11 @@ def reset_critic(critic, number):
 
 # ---- n-step replay ----
 class Replay:
-    """A ring of `rows` steps of E environments on the device. It stores states only: observations follow from them."""
+    """Ring buffer of `rows` steps of E environments, on the device. Observations are computed from stored states."""
 
     def __init__(self, rows, num_envs, state_size, action_shape, n_step, gamma, device, columns=None):
         shape = (rows, num_envs)
-        # zeros: n-step returns multiply rows that are not filled yet by 0, and NaN times 0 is NaN
+        # zeros, not empty: n-step returns multiply rows that are not filled yet by 0, and NaN times 0 is NaN
         self.state = torch.zeros(*shape, state_size, device=device)
         self.next_state = torch.zeros(*shape, state_size, device=device)
         self.actions = torch.zeros(*shape, *action_shape, device=device)
@@ -352,7 +352,7 @@ class Replay:
         self.rows, self.num_envs, self.num_agents = rows, num_envs, action_shape[0]
         self.columns = None if columns is None else torch.as_tensor(columns, device=device)
         self.next_row = 0
-        # tensors on the device, because a CUDA graph of `sample` would freeze Python's numbers
+        # tensors on the device, because a CUDA graph of `sample` would freeze Python numbers
         self.newest = torch.zeros((), dtype=torch.long, device=device)
         self.filled = torch.zeros((), dtype=torch.long, device=device)
 
@@ -370,9 +370,9 @@ class Replay:
         self.filled.add_(len(steps)).clamp_(max=self.rows)
 
     def n_step_return(self, row, env):
-        """From rows and environments (B,): reward (B,), discount (B,), and the row (B,) of the return's last step.
+        """For first steps at row, env (B,): returns (reward (B,), discount (B,), row of the last step (B,)).
 
-        The return sums up to n rewards. It stops after a step that ended the episode, and at the newest step.
+        The reward sums at most n rewards. It stops after a step that ended the episode, and at the newest step.
         """
         rows = (row[:, None] + self.steps_ahead) % self.rows  # (B, n)
         last = self.ended[rows, env[:, None]] | (rows == self.newest)
@@ -394,8 +394,8 @@ class Replay:
             obs=agent_observations(state, self.num_agents, columns=self.columns),  # (B, N, O)
             actions=self.actions[row, env],  # (B, N, act)
             reward=reward,  # (B,), discounted sum of the n-step return's rewards
-            discount=discount,  # (B,), gamma to the power of their number
-            next_state=critic_state(next_state),  # (B, S), where the return bootstraps
+            discount=discount,  # (B,), gamma to the power of the number of these rewards
+            next_state=critic_state(next_state),  # (B, S), the state that the return bootstraps from
             next_obs=agent_observations(next_state, self.num_agents, columns=self.columns),  # (B, N, O)
             terminated=self.terminated[last, env],  # (B,) bool
         )
@@ -419,7 +419,7 @@ class Learner(nn.Module):
         self.actor_optimizer = torch.optim.Adam(self.actor_parameters, lr=args.actor_lr, **adam)
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=args.critic_lr, **adam)
         self.optimizers = [self.actor_optimizer, self.critic_optimizer]
-        # `deque_len` policy updates, counted in critic updates and in single agents' updates
+        # losses of the last `deque_len` policy updates: of every critic update, and of every agent's update
         critic_length, actor_length = args.deque_len * args.policy_freq, args.deque_len * self.num_agents
         self.critic_coefficient = AdaptiveCoefficient(args.critic_diversity_coef, critic_length, device)
         self.actor_coefficient = AdaptiveCoefficient(args.actor_diversity_coef, actor_length, device)
@@ -436,7 +436,7 @@ class Learner(nn.Module):
             next_input = torch.cat([batch.next_state, next_actions.flatten(-2)], -1)
             next_values = self.target_critic(next_input, self.target_critic.effective_layers()).squeeze(-1)  # (K, B)
             bootstrap = batch.discount * ~batch.terminated
-            target = batch.reward + bootstrap * next_values.amin(-2)  # (B,): the lowest member's, as in TD3
+            target = batch.reward + bootstrap * next_values.amin(-2)  # (B,): the lowest value counts, as in TD3
 
         critic_input = torch.cat([batch.state, batch.actions.flatten(-2)], -1)
         values = self.critic(critic_input, self.critic.effective_layers()).squeeze(-1)  # (K, B)
@@ -463,9 +463,9 @@ class Learner(nn.Module):
         In agent i's loss, agent i's action comes from its policy, and the others' come from the replay buffer.
         """
         args, act = self.args, self.act_size
-        climbed = slice(1) if args.critic_sharing == "none" else slice(None)  # separate critics: the first, as in TD3
+        climbed = slice(1) if args.critic_sharing == "none" else slice(None)  # maximise the first (as in TD3), or all
         with torch.no_grad():
-            # the critic's first layer is linear: compute it once, then add what each agent's new action changes
+            # the critic's first layer is linear: compute it once, then add the effect of an agent's new action
             critic_layers = self.critic.effective_layers(climbed)
             weight, bias = critic_layers[0]
             joint_actions = batch.actions.flatten(-2)
@@ -484,7 +484,7 @@ class Learner(nn.Module):
             # separate networks have separate gradients, so one step after the loop equals one step per agent
             if args.sharing != "none" or agent == 0:
                 self.actor_optimizer.zero_grad()
-            total.backward(inputs=self.actor_parameters)  # leaves the critic's gradients alone
+            total.backward(inputs=self.actor_parameters)  # does not touch the critic's gradients
             if args.sharing != "none" or agent == self.num_agents - 1:
                 processes.all_reduce_mean([parameter.grad for parameter in self.actor_parameters])
                 self.actor_optimizer.step()
@@ -494,7 +494,7 @@ class Learner(nn.Module):
 
     @torch.no_grad()
     def update_targets(self):
-        """Polyak averaging, one step per target. A target actor that N agents share takes N steps, as released."""
+        """Polyak averaging. A target actor shared by N agents moves N steps at once, as far as in the released code."""
         times = 1 if self.args.sharing == "none" else self.num_agents
         rates = (self.args.polyak, 1 - (1 - self.args.polyak) ** times)
         pairs = ((self.critic, self.target_critic), (self.actor, self.target_actor))
@@ -502,7 +502,7 @@ class Learner(nn.Module):
             torch._foreach_lerp_(list(target.parameters()), list(network.parameters()), rate)
 
     def gradient_norms(self):
-        """{name: norm () of the latest gradient}. From CUDA graphs, the critic's may be policy_freq - 1 updates old."""
+        """{name: norm () of the latest gradient}. With CUDA graphs, the critic's may be policy_freq - 1 updates old."""
         parameters = {"critic": list(self.critic.parameters()), "actor": self.actor_parameters}
         gradients = {name: [p.grad for p in own if p.grad is not None] for name, own in parameters.items()}
         norm = torch.nn.utils.get_total_norm
@@ -517,17 +517,17 @@ class Learner(nn.Module):
         return logs
 
 
-# ---- One launch an update ----
+# ---- One launch per update ----
 class GraphedUpdate:
-    """Calls `update`, compiled if asked for, and on a GPU as a CUDA graph: recorded once, launched as a whole.
+    """Calls `update`, compiled if asked for. On a GPU, it records `update` once as a CUDA graph and launches the graph.
 
-    Each launch reuses the recorded memory: it overwrites the tensors returned before. Python's numbers and the branches
-    of an `if` stay as recorded. `update` returns a dict of tensors and must never wait for the GPU.
+    Each launch overwrites the tensors that the last one returned. Python numbers and the branches of an `if` stay as
+    recorded. `update` must return a dict of tensors and must never wait for the GPU.
     """
 
     def __init__(self, update, device, cudagraph, compile):
         if compile:
-            torch._inductor.config.fallback_random = True  # draw the numbers that eager code draws
+            torch._inductor.config.fallback_random = True  # draw the same random numbers as eager code
             update = torch.compile(update)
         self.update, self.calls, self.graph = update, 0, None
         self.stream = torch.cuda.Stream(device) if cudagraph and device.type == "cuda" else None
@@ -536,7 +536,7 @@ class GraphedUpdate:
         self.calls += 1
         if self.stream is None:
             return self.update()
-        if self.calls <= 3:  # run eagerly on a side stream first, to make Adam's moments and the like before recording
+        if self.calls <= 3:  # first run eagerly on a side stream, so that Adam's moments and the like exist
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 logs = self.update()
@@ -544,7 +544,7 @@ class GraphedUpdate:
             return logs
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):  # records, and changes nothing
+            with torch.cuda.graph(self.graph):  # records without running
                 self.logs = self.update()
         self.graph.replay()
         return self.logs
@@ -552,16 +552,16 @@ class GraphedUpdate:
 
 # ---- Environments ----
 def make_env(args, seed, num_envs):
-    """`num_envs` environments side by side, for training or evaluation. Put another environment in here."""
+    """`num_envs` environments side by side, for training or evaluation. Return your own environment here."""
     try:
         return MaMuJoCoVecEnv(args.env_id, num_envs, seed, args.num_threads, args.episode_limit, args.agent_obsk)
-    except EnvError as error:  # a wrong flag; any other error is one of the program
+    except EnvError as error:  # a wrong flag; other errors are bugs
         fail(error)
 
 
 # ---- Command line ----
 def parse_args(argv=None):
-    """(args, checkpoint or None), with tuned values. Checks the flags whose mistakes would show up late, or never."""
+    """Returns (args with tuned values, checkpoint or None). Checks flags whose mistakes would show late or never."""
     args, checkpoint = tyro.cli(Args, args=check_flag_names(check_help(argv, Args), Args)), None
     if args.resume is not None:
         checkpoint = read_checkpoint(args.resume, Args)
@@ -577,7 +577,7 @@ def parse_args(argv=None):
     stored = min((warmup // per_round + 1) * per_round, steps, args.buffer_size)
     expected = f"at most the {stored} transitions stored before the first update (--warmup-steps, --train-interval)"
     require(args.batch_size <= stored, f"--batch-size is {args.batch_size}, expected {expected}")
-    if args.evaluate is None:  # a model has a precision of its own
+    if args.evaluate is None:  # with --evaluate, load_actor chooses it
         args.precision = resolve_precision(args.precision, device_type(args.device))
     return args, checkpoint
 
@@ -595,7 +595,7 @@ def main():
     torch.manual_seed(args.seed)
     seed = processes.seed_of_process(args.seed, rank)
     envs = make_env(args, seed, args.num_envs)
-    space, all_envs = envs.single_action_space, args.num_envs * num_processes  # of all processes
+    space, all_envs = envs.single_action_space, args.num_envs * num_processes  # all_envs: in all processes
     rows = -(-min(args.buffer_size, args.total_timesteps) // all_envs)
     stored = rows * args.num_envs * (4 * (2 * envs.state_size + space.low.size + 1) + 2)  # bytes
     require_memory(f"--buffer-size is {args.buffer_size}", stored, device)
@@ -608,7 +608,7 @@ def main():
     def update(with_policy):
         return learner.update(replay.sample(-(-args.batch_size // num_processes)), with_policy)
 
-    graph = (device, args.cudagraph and num_processes == 1, args.compile)  # untried: averaging gradients in a graph
+    graph = (device, args.cudagraph and num_processes == 1, args.compile)  # averaging gradients in a graph: not tried
     updates = {each: GraphedUpdate(functools.partial(update, each), *graph) for each in (False, True)}  # with_policy
     if rank > 0:
         torch.manual_seed(seed)
@@ -622,7 +622,7 @@ def main():
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", unit_scale=True, disable=rank > 0)
     status = {"warm-up": "random actions, no losses yet"} if global_step < args.warmup_steps else {}
     around = (eval_envs, viewer, stop, run_folder, writer, progress)
-    # on --resume, first make up for an evaluation that a signal ended early
+    # on --resume, first repeat an evaluation that a signal ended early
     eval_due = eval_due and not evaluate_and_save(learner, global_step, status, *around)
     stopping = processes.any_process(eval_due, device)
 
@@ -678,7 +678,7 @@ def main():
         # evaluate, save
         finished = global_step >= args.total_timesteps
         eval_due = finished or reached(args.eval_interval, previous_step, global_step)
-        eval_due = eval_due and not evaluate_and_save(learner, global_step, status, *around)  # True: cut by a signal
+        eval_due = eval_due and not evaluate_and_save(learner, global_step, status, *around)  # True: a signal ended it
         stopping = processes.any_process(stop.received is not None and (eval_due or not finished), device)
         checkpoint_due = finished or stopping or reached(args.checkpoint_interval, previous_step, global_step)
         if args.checkpoint_interval and checkpoint_due:

@@ -10,27 +10,27 @@ E environments, N agents, S numbers in the state, O numbers in an agent's observ
 steps all environments on a pool of threads. Each agent observes the full state and its own id (O = S + N) or, with
 agent_obsk, the part of the state that is near its joints. `python mamujoco_env.py` prints all env ids.
 
-The v5 tasks are Gymnasium's. The v2 tasks are Gymnasium's v4 tasks with contact forces and their costs set to zero, as
-papers report the v2 tasks (Peng et al. 2021, "FACMAC", arXiv:2003.06709, introduced them).
+The v5 tasks are Gymnasium's. The v2 tasks are Gymnasium's v4 tasks with contact forces and their costs set to zero,
+as v2 on MuJoCo 2 reported them. Peng et al. 2021 ("FACMAC", arXiv:2003.06709) introduced multi-agent MuJoCo.
 
 step returns reward, terminated and truncated (E,), and:
   obs                    (E, N, O) float32: each agent's observation, after automatic resets
   infos["state"]         (E, S) float64: the state, after automatic resets
-  infos["final_obs"]     (E, N, O), infos["final_state"] (E, S): the same before automatic resets, in every environment:
-                         what the actions led to, and what a replay buffer stores as `next_state`
+  infos["final_obs"]     (E, N, O), infos["final_state"] (E, S): the same before automatic resets, in every environment;
+                         a replay buffer stores final_state as the next state
   infos["_final_obs"]    (E,) bool: True where this step ended an episode and reset the environment
   infos["episode"]       {"r": returns (E,), "l": lengths (E,)}, valid where infos["_episode"] (E,) is True;
-                         both keys are missing if no episode has ended
+                         both keys are missing if this step ended no episode
   infos["unstable"]      number of episodes so far that ended because the simulation became unstable
 The environment never changes an array that it has returned. Some are the same array (obs and final_obs, if nothing was
 reset): copy before you change one in place. Start processes (torch's DataLoader, Gymnasium's AsyncVectorEnv) by "spawn"
 or "forkserver", not by "fork": the pool's threads do not survive a fork.
 
-An episode terminates where the task says so, and where MuJoCo reports an unstable simulation: the reward is then 0 and
-the final state is the last good one. It is truncated after `episode_limit` steps. Environment i draws its resets from
-default_rng([seed, i]), so its trajectory depends on the seed, i and its own actions, and on nothing else.
-What a user can type wrong, an env id or a number, raises EnvError, a ValueError. Wrong actions and states raise plain
-ValueErrors. A call after close() raises Gymnasium's ClosedEnvironmentError.
+The task decides when an episode terminates. An unstable simulation terminates it too: the reward is then 0 and the
+final state is the last good one. An episode is truncated after `episode_limit` steps. Environment i draws its resets
+from default_rng([seed, i]), so its trajectory depends only on the seed, i and its own actions.
+A wrong env id or number raises EnvError, which is a ValueError. Wrong actions and states raise plain ValueErrors. A
+call after close() raises Gymnasium's ClosedEnvironmentError.
 """
 
 import difflib
@@ -47,20 +47,20 @@ from gymnasium.spaces import Box
 from gymnasium.vector import AutoresetMode, VectorEnv
 from mujoco.batch import Batch, SimulationError
 
-# ---- Robots: Gymnasium's XML files, and robots built in code that Gymnasium does not have ----
+# ---- Robots: Gymnasium's XML files; the robots that Gymnasium lacks are built in code ----
 ASSETS = os.path.join(os.path.dirname(gymnasium.__file__), "envs", "mujoco", "assets")
 HINGE, SLIDE = mujoco.mjtJoint.mjJNT_HINGE, mujoco.mjtJoint.mjJNT_SLIDE
 
 
 def compile_quietly(spec):
-    """Compile. Hides the warning that settotalmass is deprecated: Gymnasium's half-cheetah uses it."""
+    """Compile, and hide the warning that settotalmass is deprecated: Gymnasium's half-cheetah uses it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return spec.compile()
 
 
 def _empty_spec():
-    """A world with a light and a floor that everything collides with; degrees, RK4, time steps of 5 ms."""
+    """A world with a light, and a floor that everything collides with. Angles in degrees, RK4, time steps of 5 ms."""
     spec = mujoco.MjSpec()
     spec.compiler.degree = True
     spec.option.integrator, spec.option.timestep = mujoco.mjtIntegrator.mjINT_RK4, 0.005
@@ -138,16 +138,16 @@ def build_coupled_half_cheetah(segments):
     tendon.limited = mujoco.mjtLimited.mjLIMITED_TRUE
     tendon.wrap_site("tie")
     tendon.wrap_site("second_tie")
-    return compile_quietly(spec)  # the file sets a total mass of 14: both cheetahs together now weigh this
+    return compile_quietly(spec)  # the file sets a total mass of 14, which is now the mass of both together
 
 
 # ---- Tasks: state, reward and termination of all environments at once ----
 class Task:
-    """A robot that is rewarded for moving forward. The other tasks derive from it and change what differs.
+    """A robot that is rewarded for moving forward. The other tasks are subclasses.
 
     Attributes:
       model_file: Gymnasium's XML file of the robot
-      frame_skip, episode_limit: simulation steps in an environment step; environment steps in an episode, by default
+      frame_skip, episode_limit: simulation steps per environment step; default limit of environment steps per episode
       fields: arrays of MjData that form the state, concatenated; an agent observes them for its own joints
       hidden_positions: the state leaves out this many of the first positions
       derived: True if the task reads more than positions and velocities; a reset then has MuJoCo compute the rest
@@ -161,8 +161,8 @@ class Task:
         ("normal") to velocities
       partitions: {name: names of each agent's joints}; "|" separates agents
       neighbours: the joint graph; "|" separates cliques, and all joints of a clique are neighbours
-      segment_joints: for robots of any size: the joints of segment i. `neighbours` are then the cliques that it adds,
-        and `partitions` names one size as an example
+      segment_joints: for robots of any size: the joints of segment i. Then `neighbours` has the cliques that segment i
+        adds, and `partitions` names one size as an example
     """
 
     model_file: str
@@ -188,7 +188,7 @@ class Task:
         return {"qvel": 0, "cinert": 10, "cvel": 6, "cfrc_ext": 6, "qfrc_actuator": 6}[field] * self.first_body
 
     def bind(self, batch):
-        """Take views of the batch's arrays. Each call of the batch updates them in place."""
+        """Keep views of the batch's arrays. Each call of the batch updates them in place."""
         self.qpos, self.qvel = batch.bind("qpos"), batch.bind("qvel")
         self.forces = np.zeros((batch.nsim, self.model.nbody, 6))
         self.scratch = mujoco.MjData(self.model)
@@ -196,8 +196,8 @@ class Task:
         self.state_parts = [array.reshape(batch.nsim, -1)[:, self.left_out(name) :] for name, array in arrays.items()]
 
     def measure_forces(self, batch):
-        """Compute the contact forces after a step as Gymnasium does, by mj_rnePostConstraint; a batch leaves it out."""
-        # no sensor: it would compute the forces in every simulation step and, under RK4, at another stage
+        """Compute the contact forces after a step as Gymnasium does: by mj_rnePostConstraint, which a batch omits."""
+        # a sensor would compute the forces in every simulation step and, under RK4, at another stage
         for i in range(batch.nsim):
             batch.get_data(i, self.scratch)
             mujoco.mj_rnePostConstraint(self.model, self.scratch)
@@ -251,7 +251,7 @@ class Task:
         return columns
 
     def joint_columns(self, joint, field, columns, seen):
-        """Columns that a joint's `field` adds to what an agent sees. `seen`: (field, body) pairs already included."""
+        """Columns that a joint's `field` adds to an observation. `seen`: (field, body) pairs already included."""
         joint = self.model.joint(joint)
         if field == "qpos":
             return [columns["qpos"][joint.qposadr[0]]]
@@ -262,7 +262,7 @@ class Task:
         return [column for body in new for column in columns[field][body]]
 
     def common_columns(self, columns):
-        """Columns that all agents see: positions and velocities of joints without a motor, which belong to the root."""
+        """Columns that all agents see: positions and velocities of the root joints, which have no motor."""
         driven = self.model.actuator_trnid[:, 0]
         qpos = np.delete(columns["qpos"], self.model.jnt_qposadr[driven])
         return [*qpos, *np.delete(columns["qvel"], self.model.jnt_dofadr[driven])]
@@ -271,7 +271,7 @@ class Task:
         """Columns of the state that the agent of these joints observes, as in MaMuJoCo's agent_obsk (Peng et al. 2021).
 
         All fields of its own joints, then the positions of joints at 1, 2, ..., `distance` steps in the joint graph,
-        then what all agents observe. Joints at the same distance are sorted by name.
+        then the columns that all agents see. Joints at the same distance are sorted by name.
         """
         cliques = [self.neighbours.format(i=i, before=max(i - 1, 0)) for i in range(self.segments or 1)]
         cliques = [clique.split() for clique in " | ".join(cliques).split("|")]
@@ -299,7 +299,7 @@ class Ant(Task):
 
     def bind(self, batch):
         super().bind(batch)
-        self.x = batch.bind("xpos")[:, 1, 0]  # the torso's, as in Gymnasium; one simulation step behind qpos
+        self.x = batch.bind("xpos")[:, 1, 0]  # of the torso, as in Gymnasium; one simulation step behind qpos
 
     def position(self):
         return self.x.copy()
@@ -308,7 +308,7 @@ class Ant(Task):
         return (self.qpos[:, 2] < 0.2) | (self.qpos[:, 2] > 1.0)
 
     def bodies_of(self, joint):
-        """A hip has the torso and the leg's first part, an ankle has the leg's three parts."""
+        """A hip's agent sees forces on the torso and the leg's first part; an ankle's, on the leg's three parts."""
         own, parent = self.model.joint(joint).bodyid[0], self.model.body_parentid
         inner = [parent[parent[own]], parent[own]]
         return inner if joint.startswith("hip") else [*inner, own]
@@ -379,9 +379,9 @@ class Hopper(Task):
 
     def bind(self, batch):
         super().bind(batch)
-        # a row of batch.state begins with time, x and height: take the angles and all velocities after these
+        # a row of batch.state begins with time, x and height; then come the angles and all velocities
         self.angles_and_velocities = batch.state[:, 3 : 1 + self.model.nq + self.model.nv]
-        self.limits = np.array([0.2] + [100.0] * (self.angles_and_velocities.shape[1] - 1))  # the torso's angle first
+        self.limits = np.array([0.2] + [100.0] * (self.angles_and_velocities.shape[1] - 1))  # 0.2: the torso's angle
 
     def state(self):
         state = super().state()
@@ -429,7 +429,7 @@ class Humanoid(Task):
     forward_weight, alive, noise, velocity_noise = 1.25, 5.0, 1e-2, "uniform"
     partitions = {"9|8": f"{_UPPER} | {_LOWER}", "17x1": f"{_UPPER} {_LOWER}".replace(" ", " | ")}
     neighbours = f"{_SIDE.format('left')} | {_SIDE.format('right')}"
-    bodies = {  # the joint's agent sees their inertia and velocity; keys are the second word of a joint's name
+    bodies = {  # a joint's agent sees the inertia and velocity of these bodies; key: second word of the joint's name
         "x": "pelvis right_thigh left_thigh", "y": "torso lwaist pelvis", "z": "torso lwaist pelvis",
         "hip": "{0}_thigh {0}_shin", "knee": "{0}_shin {0}_foot", "elbow": "{0}_lower_arm",
     }  # fmt: skip
@@ -441,7 +441,7 @@ class Humanoid(Task):
         self.mass_share = self.model.body_mass / self.model.body_mass.sum()
 
     def position(self):
-        return np.vecdot(self.x, self.mass_share)  # vecdot, since a matrix product's rounding depends on num_envs
+        return np.vecdot(self.x, self.mass_share)  # not @: the rounding of a matrix product depends on num_envs
 
     def unhealthy(self):
         return ~((self.qpos[:, 2] > 1.0) & (self.qpos[:, 2] < 2.0))
@@ -464,7 +464,7 @@ class HumanoidStandup(Humanoid):
     def progress(self, before, after):
         return self.qpos[:, 2] / self.model.opt.timestep
 
-    unhealthy = Task.unhealthy  # never: it starts on the floor
+    unhealthy = Task.unhealthy  # never unhealthy: it starts on the floor
 
 
 class HumanoidStandupV5(HumanoidStandup):
@@ -478,7 +478,7 @@ class Reacher(Task):
     model_file, frame_skip, episode_limit, control_cost = "reacher.xml", 2, 50, 1.0
     fields = ("qpos", "qvel", "fingertip")
     partitions, neighbours = {"2x1": "joint0 | joint1"}, "joint0 joint1"
-    distances = 3  # how many of x, y and z the state has
+    distances = 3  # coordinates of the distance in the state: x, y, z
 
     def bind(self, batch):
         self.qpos, self.qvel, xpos = batch.bind("qpos"), batch.bind("qvel"), batch.bind("xpos")
@@ -516,7 +516,7 @@ class Reacher(Task):
 
 
 class ReacherV5(Reacher):
-    """As Reacher, but the distance is measured after the step."""
+    """Like Reacher, but the distance is measured after the step."""
 
     distances = 2
 
@@ -574,13 +574,13 @@ ENV_IDS = [f"{name}-{partition}" for name, task in TASKS.items() for partition i
 
 
 class EnvError(ValueError):
-    """An unknown env id or an impossible number; the message names it and says what was expected."""
+    """An unknown env id or an impossible number. The message names the value and what was expected."""
 
 
 def parse_env_id(env_id):
     """The task's class, its number of segments and each agent's joints: (class, int, list of lists of names).
 
-    Raises EnvError for an unknown id or partition. It names the nearest ids, or the partitions there are.
+    Raises EnvError for an unknown id or partition. The message names similar ids, or the robot's partitions.
     """
     name, _, partition = str(env_id).rpartition("-")
     if name not in TASKS:
@@ -593,7 +593,7 @@ def parse_env_id(env_id):
     task = TASKS[name]
     if task.segment_joints:
         match = re.fullmatch(r"([1-9]\d?)x([1-9]\d?)", partition, re.ASCII)
-        if not match or int(match[1]) * int(match[2]) > 1000:  # MuJoCo compiles no longer chains
+        if not match or int(match[1]) * int(match[2]) > 1000:  # MuJoCo fails to compile longer chains
             sizes = "NxM, such as 10x2: N agents of M segments each, both from 1 to 99, at most 1000 segments"
             raise EnvError(f"unknown partition {partition!r} in {env_id!r}; {name} takes {sizes}")
         agents, each = int(match[1]), int(match[2])
@@ -604,7 +604,7 @@ def parse_env_id(env_id):
     return task, 0, [joints.split() for joints in task.partitions[partition].split("|")]
 
 
-# ---- What critic and agents see of a state: functions of NumPy arrays or torch tensors, any leading dimensions ----
+# ---- What critic and agents see of a state: NumPy arrays or torch tensors with any leading dimensions ----
 def standardise(x):
     """(x - mean) / std over the last axis. (..., S) -> (..., S)."""
     size = x.shape[-1]  # sum / size: NumPy's mean takes three times as long on few numbers
@@ -614,29 +614,29 @@ def standardise(x):
 
 
 def critic_state(state):
-    """What the critic sees: the standardised state. (..., S) -> (..., S)."""
+    """The critic sees the standardised state. (..., S) -> (..., S)."""
     return standardise(state)
 
 
 def agent_observations(state, num_agents, dtype=None, columns=None):
-    """What each agent sees: its part of the state and its one-hot id, standardised together.
+    """Each agent sees its part of the state and its one-hot id, standardised together.
 
     (..., S) -> (..., N, O), on the state's device, in `dtype` or the state's. Without `columns`, agents see the whole
-    state: O = S + N. With MaMuJoCoVecEnv's `columns` (N, W), agent i sees those in row i: O = W + N. Entries of -1 pad
-    the shorter rows and are observed as 0.
+    state: O = S + N. With MaMuJoCoVecEnv's `columns` (N, W), agent i sees the columns in row i: O = W + N. Entries of
+    -1 pad the shorter rows and are observed as 0.
     """
     new_zeros = np.zeros if isinstance(state, np.ndarray) else state.new_zeros
     width = state.shape[-1] if columns is None else columns.shape[-1]
     total = width + num_agents
     obs = new_zeros((*state.shape[:-1], num_agents, total), dtype=dtype or state.dtype)
     if columns is None:
-        # each agent's vector holds the same numbers in another order, so standardise agent 0's and take all from it
+        # all agents' vectors hold the same numbers in another order: standardise agent 0's, then copy from it
         first = new_zeros((*state.shape[:-1], total), dtype=state.dtype)
         first[..., :width], first[..., width] = state, 1.0
         first = standardise(first)
         obs[..., :width] = first[..., None, :width]
         obs[..., width:] = first[..., None, -1:]
-        # in the agents' vectors end to end, the ids' ones are total + 1 apart
+        # with all agents' vectors concatenated, the ones of their ids are total + 1 apart
         obs.reshape(*state.shape[:-1], num_agents * total)[..., width :: total + 1] = first[..., width : width + 1]
         return obs
     seen = new_zeros((num_agents, total), dtype=state.dtype) + 1.0
@@ -653,32 +653,32 @@ def agent_observations(state, num_agents, dtype=None, columns=None):
 
 # ---- The vector environment ----
 def usable_cpus():
-    """The number of CPUs that this process may use: a job on a cluster often gets only some of the machine's."""
+    """The number of CPUs that this process may use: a job on a cluster often gets only some CPUs of the machine."""
     if hasattr(os, "process_cpu_count"):  # from Python 3.13 on
         return os.process_cpu_count() or 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-HUGE = 1e10  # mjMAXVAL: MuJoCo calls a simulation with larger values unstable
+HUGE = 1e10  # mjMAXVAL: with larger values, MuJoCo calls a simulation unstable
 
 
 class MaMuJoCoVecEnv(VectorEnv):
     """`num_envs` copies of one multi-agent task. The module's docstring says what reset and step return.
 
     Args:
-      env_id: a robot and its partition, as "Ant-v2-4x2", "Humanoid-v2-9|8", "manyagent_swimmer-10x2"
-      num_envs, seed: E; the seed of the resets' noise, until reset(seed=...) replaces it
+      env_id: robot, version, partition, such as "Ant-v2-4x2", "Humanoid-v2-9|8", "manyagent_swimmer-10x2"
+      num_envs, seed: E; seed of the resets' noise, until reset(seed=...) replaces it
       num_threads: threads that step the environments; 0: one per CPU that this process may use
       episode_limit: steps after which an episode is truncated; None: the task's limit, 1000 for most tasks
       agent_obsk: None: agents see the full state; K: they see their own joints, the positions of joints up to K steps
-        away in the joint graph, and the root, as with MaMuJoCo's agent_obsk (Task.observed has the details)
+        away in the joint graph, and the root, as in MaMuJoCo (details: Task.observed)
     Raises EnvError for an unknown id or an impossible number.
 
     Attributes:
       num_agents: N; state_size: S; state: the current state (E, S) float64; episode_limit: int
-      columns: None or, with agent_obsk, (N, W) int: the columns of the state that each agent sees, padded with -1
-      single_action_space: Box (N, act) with the bounds of the controls. Agents with fewer joints than others have
-        extra actions that do nothing, with bounds of 0
+      columns: with agent_obsk (N, W) int: the columns of the state that each agent sees, padded with -1; else None
+      single_action_space: Box (N, act) with the bounds of the controls. Agents with fewer joints than others get extra
+        actions that do nothing; their bounds are 0
     """
 
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
@@ -699,7 +699,7 @@ class MaMuJoCoVecEnv(VectorEnv):
         self.task.bind(self.batch)
         self._ctrl = self.batch.bind("ctrl")
         self._blank = self.batch.state[0].copy()  # MuJoCo's initial state
-        bad = slice(mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADQACC + 1)  # and QVEL between them
+        bad = slice(mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADQACC + 1)  # also BADQVEL between them
         self._unstable_warnings = self.batch.warning[:, bad, 1]  # counts
 
         # actuator j takes element _gather[j] of the agents' concatenated actions
@@ -767,7 +767,7 @@ class MaMuJoCoVecEnv(VectorEnv):
         self.step = self.reset = self.get_state = self.set_state = closed
 
     def step(self, actions):
-        """Step all environments with actions (E, N, act). The module's docstring says what this returns.
+        """Step all environments with actions (E, N, act). Returns what the module's docstring lists.
 
         Raises ValueError, before it steps anything, if actions have a wrong shape or are not finite.
         """
@@ -790,7 +790,7 @@ class MaMuJoCoVecEnv(VectorEnv):
         state, after = task.state(), task.position()
         terminated = task.unhealthy()
         reward = task.reward(before, after, ctrl, terminated)
-        # MuJoCo checks for huge values before each simulation step. After the last one we check, in a single sum
+        # MuJoCo checks for huge values before each simulation step, so after the last one check here, in one sum
         sound = np.vdot(state, state) + np.vdot(reward, reward) < HUGE**2
         if failed or not sound or np.count_nonzero(self._unstable_warnings):
             self._end_unstable(state, reward, terminated)
@@ -804,7 +804,7 @@ class MaMuJoCoVecEnv(VectorEnv):
             infos |= {"episode": {"r": self._returns.copy(), "l": self._lengths.copy()}, "_episode": done}
             ids = done.nonzero()[0]
             started = self._start(ids)
-            # one call for final and first observations: with few numbers, a call itself takes most of the time
+            # one call for final and first observations: the overhead of a call is most of its time
             observations = self._observe(np.concatenate([state, started]))
             infos["final_obs"] = observations[: self.num_envs]
             obs, state = infos["final_obs"].copy(), state.copy()
@@ -817,7 +817,7 @@ class MaMuJoCoVecEnv(VectorEnv):
     def _end_unstable(self, state, reward, terminated):
         """End unstable episodes, in place: reward 0, terminated, and the last good state."""
         bad = self._unstable_warnings.any(axis=1) | (self.batch.status != 0)
-        bad |= ~((np.abs(state) < HUGE).all(axis=1) & (np.abs(reward) < HUGE))  # False for NaN, too
+        bad |= ~((np.abs(state) < HUGE).all(axis=1) & (np.abs(reward) < HUGE))  # comparing NaN gives False
         state[bad], reward[bad], terminated[bad] = self.state[bad], 0.0, True
         self.batch.warning[bad] = 0
         if not self._num_unstable and bad.any():
@@ -826,7 +826,7 @@ class MaMuJoCoVecEnv(VectorEnv):
         self._num_unstable += int(bad.sum())
 
     def get_state(self):
-        """A dict of copies of all that later steps depend on, random states included: arrays and plain values."""
+        """Copies of everything that later steps depend on, random states too: a dict of arrays and plain values."""
         arrays = {"physics": self.batch.state, "state": self.state, "position": self._position}
         arrays |= {"returns": self._returns, "lengths": self._lengths}
         plain = {"env_id": self.env_id, "unstable": self._num_unstable}

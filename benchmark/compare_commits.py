@@ -1,12 +1,12 @@
-"""Speed of training at several commits and with several flags, taking turns: one table.
+"""Compare the speed of training at several commits and with several flags: prints one table.
 
     python benchmark/compare_commits.py --threads 2 --env-ids HalfCheetah-v2-2x3 Humanoid-v2-17x1 --scripts mappo \
         --versions "before=10e3bad" "float32=HEAD --precision float32" "bfloat16=HEAD --precision bfloat16"
 
-Each version is NAME=COMMIT FLAGS. Every round runs benchmark/training_speed.py of each commit, as it is there, in a
-process of its own, one version after the other, so that all meet the same conditions. Printed are medians over rounds
-of milliseconds an update and of environment steps a second, and the medians of each round's ratios to the first
-version; in the last column, steps a second over those of the physics alone.
+Each version is NAME=COMMIT FLAGS. A round runs each version once, one after the other, so that all meet the same
+conditions: the commit's own benchmark/training_speed.py, in a new process. The table has medians over rounds:
+milliseconds an update, environment steps a second, and after each how many times as fast as the first version (the
+ratio within a round). The last column divides steps a second by the steps a second of the physics alone.
 """
 
 import dataclasses
@@ -31,25 +31,25 @@ from mamujoco_env import usable_cpus  # noqa: E402
 @dataclasses.dataclass
 class Options:
     versions: tuple[str, ...] = ("before=HEAD~1", "after=HEAD")
-    """what is compared, each as NAME=COMMIT FLAGS"""
+    """versions to compare, each as NAME=COMMIT FLAGS"""
     env_ids: tuple[str, ...] = ("Ant-v2-4x2", "HalfCheetah-v2-2x3")
-    """tasks whose sizes and tuned values are used"""
+    """tasks to train on, with their tuned values"""
     scripts: tuple[Literal["matd3", "mappo"], ...] = ("matd3", "mappo")
     """which scripts to measure"""
     threads: int = usable_cpus()
-    """threads for the products and for the physics"""
+    """threads for the matrix products, and for the physics"""
     rounds: int = 3
-    """how often all versions take their turn"""
+    """rounds; each runs every version once"""
 
 
 def check_out(commit, folder):
-    """The files of a commit in a folder."""
+    """Write the files of a commit to a folder."""
     archive = subprocess.run(["git", "archive", commit], cwd=ROOT, check=True, capture_output=True)
     subprocess.run(["tar", "-x"], cwd=folder, input=archive.stdout, check=True)
 
 
 def measure(folder, flags, env_id, script, threads):
-    """(steps a second, milliseconds an update, steps a second of the physics) by a checkout's training_speed.py."""
+    """Run a checkout's training_speed.py. Returns (steps a second, milliseconds an update, physics steps a second)."""
     command = [sys.executable, "benchmark/training_speed.py", "--env-id", env_id, "--scripts", script]
     command += ["--threads", str(threads), "--device", "cpu", "--rounds", "3", "--warmup-rounds", "1", *flags]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}

@@ -1,13 +1,13 @@
-"""Run a script with `--precision bfloat16` where the processor does not multiply bfloat16, ten times as fast.
+"""Run a script with `--precision bfloat16` on a CPU without bfloat16, ten times as fast as PyTorch does it there.
 
     OMP_NUM_THREADS=1 python benchmark/emulate_bfloat16.py kalei_matd3_mamujoco.py --env-id HalfCheetah-v2-2x3 \
         --seed 1 --total-timesteps 100000
 
-For what a run in bfloat16 learns, not for how fast. The operands, which the script has rounded to bfloat16, are
-multiplied and summed in float32 and the product is rounded to bfloat16, as processors with AVX512-BF16 or AMX do. Their
-sums have another order, so that now and then a product is rounded the other way. PyTorch's own product of batches of
-matrices (aten::bmm on a CPU) is replaced, forward and backward: the networks have no other product in bfloat16. The
-script still warns that bfloat16 is slow here.
+Use this to see what a run in bfloat16 learns, not how fast it is. The script rounds the operands to bfloat16. We then
+multiply and sum in float32 and round the product to bfloat16, as CPUs with AVX512-BF16 or AMX do. They sum in another
+order, so now and then a product is rounded the other way. We replace PyTorch's batched matrix product (aten::bmm on a
+CPU), forward and backward: the networks have no other product in bfloat16. The script still warns that bfloat16 is
+slow here.
 """
 
 import runpy
@@ -24,18 +24,18 @@ from experiment.command_line import fail  # noqa: E402
 
 
 def bmm(left, right):
-    """(M, B, in) by (M, in, out) -> (M, B, out), in the dtype of the operands; bfloat16 is summed in float32."""
+    """(M, B, in) @ (M, in, out) -> (M, B, out), in the operands' dtype. Sums bfloat16 in float32."""
     dtype = torch.float32 if left.dtype == torch.bfloat16 else left.dtype
     out = torch.empty(*left.shape[:2], right.shape[2], dtype=dtype)
-    # the variant with `out` is an operation of its own, so that this does not call itself
+    # bmm with `out` is another operation, so this function does not call itself
     return torch.bmm(left.to(dtype), right.to(dtype), out=out).to(left.dtype)
 
 
 def emulate():
-    """Take this module's product in the place of PyTorch's, for as long as what is returned is kept."""
+    """Replace PyTorch's product by this module's, for as long as the caller keeps the returned object."""
     library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that it is overridden
+        warnings.simplefilter("ignore", UserWarning)  # PyTorch warns that we override it
         library.impl("bmm", bmm, "CPU")
     return library
 

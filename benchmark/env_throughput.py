@@ -3,29 +3,29 @@
     python benchmark/env_throughput.py
     python benchmark/env_throughput.py --env-ids Ant-v2-4x2 Humanoid-v2-17x1 --num-envs 32 --num-threads 4
 
-Prints a line that names the machine and the versions, and then one table with a row per env id. Its columns, in
-environment steps per second of all environments together, the median over the rounds:
+Prints a line that names the machine and the versions, then a table with a row per env id. The first columns are
+environment steps per second, summed over environments, the median over rounds:
 
-  limit       bare mujoco.batch.Batch on the same trajectory as ours: controls, physics and the recorded starts of
-              episodes, without any observation, reward or termination
-  ours        MaMuJoCoVecEnv.step: observations, rewards, terminations and automatic resets included
-  envpool     EnvPool's v4 or v5 task, written in C++; where it is not installed (pip install envpool), left out
-  sync        gymnasium.vector.SyncVectorEnv over Gymnasium's v4 or v5 task
-  async       gymnasium.vector.AsyncVectorEnv over the same, a process per environment
-  ours/limit  the median of the rounds' own ratios, and the smallest and the largest
-  ours/envpool, ours/async  the median of the rounds' own ratios
+  limit       bare mujoco.batch.Batch on the same trajectory as ours: it sets the recorded controls and starts of
+              episodes and steps the physics, without any observation, reward or termination
+  ours        MaMuJoCoVecEnv.step, with observations, rewards, terminations and automatic resets
+  envpool     EnvPool's v4 or v5 task, written in C++; no column if it is not installed (pip install envpool)
+  sync        gymnasium.vector.SyncVectorEnv with Gymnasium's v4 or v5 task
+  async       gymnasium.vector.AsyncVectorEnv with the same task, one process per environment
+  ours/limit  ratio within a round: median over rounds, lowest and highest
+  ours/envpool, ours/async  ratio within a round: median over rounds
 
-Every round measures all of them in turn, so that a drift of the machine's speed hits all alike. Tasks that EnvPool or
-Gymnasium do not have show "-" in their columns.
+Every round measures all of them, one after the other, so a change of the machine's speed affects all alike. "-" means
+that EnvPool or Gymnasium does not have the task.
 
-What EnvPool does otherwise, given the same controls, environments and threads:
-  * It has one agent, whose observation is the state (Ant-v4: without the contact forces, which are zero in ours). Ours
-    makes an observation for every agent, and checks actions and brings them from agents to joints.
-  * A MuJoCo of its own is compiled in (3.6.0 in EnvPool 1.2.5), so that physics, its speed and the episodes are others.
-  * It resets an environment in the step after an episode's end, which ignores the action and is not counted here. Ours
-    resets in the same step, and returns final and first observations of it.
-  * It steps all environments at once here, as ours does. Its asynchronous mode, which returns those that are ready
-    first, is not measured.
+With the same controls, environments and threads, EnvPool still differs:
+  * It has one agent, which observes the state (Ant-v4: without contact forces, which are zero in ours). Ours makes an
+    observation for every agent, checks the actions and maps them from agents to joints.
+  * It contains another version of MuJoCo (3.6.0 in EnvPool 1.2.5), so physics, speed and episodes differ.
+  * It resets an environment in the step after the end of an episode. This step ignores the action; we do not count it.
+    Ours resets in the same step, and returns the final and the first observation.
+  * It steps all environments at once here, as ours does. We do not measure its asynchronous mode, which returns the
+    environments that are ready first.
 """
 
 import os
@@ -61,21 +61,21 @@ class Args:
         "Walker2d-v2-2x3",
         "Humanoid-v2-17x1",
     )
-    """the environments to measure"""
+    """tasks to measure"""
     num_envs: int = 10
-    """environments stepped together"""
+    """number of environments, stepped together"""
     num_threads: int = 0
-    """threads of ours, of EnvPool and of the limit, 0 for one per CPU"""
+    """threads for ours, EnvPool and the limit; 0: one per CPU"""
     steps: int = 500
-    """vector steps a round; Gymnasium's vector environments, which are slow, make a fifth of them"""
+    """vector steps per round; Gymnasium's vector environments are slow and make a fifth of them"""
     rounds: int = 7
-    """rounds, of which the median is reported"""
+    """rounds; the table shows medians over rounds"""
     seed: int = 1
-    """of the actions and the resets"""
+    """random seed of actions and resets"""
 
 
 class Ours:
-    """Our environment on one trajectory, which every round repeats, and which the limit replays."""
+    """Our environment on one trajectory. Every round repeats the trajectory, and the limit replays it."""
 
     def __init__(self, args, env_id):
         self.envs = MaMuJoCoVecEnv(env_id, args.num_envs, args.seed, args.num_threads)
@@ -83,8 +83,8 @@ class Ours:
         self.actions = rng.uniform(space.low, space.high, (args.steps, *space.shape)).astype(np.float32)
         self.envs.reset()
         self.start = self.envs.get_state()
-        # A reset clears its environments' controls, so that these are kept as they are handed to the physics.
-        self.controls, self.resets = [], []  # (T, E, nu); for each step None or (environments, rows of batch.state)
+        # a reset clears controls, so record them when the physics gets them
+        self.controls, self.resets = [], []  # (T, E, nu); per step None or (environments, rows of batch.state)
         step = self.envs.batch.step
 
         def keep_controls(**arguments):
@@ -96,12 +96,12 @@ class Ours:
             *_, infos = self.envs.step(actions)
             ids = np.flatnonzero(infos["_final_obs"])
             self.resets.append((ids, self.envs.batch.state[ids]) if len(ids) else None)
-        del self.envs.batch.step  # the class's own is back
+        del self.envs.batch.step  # restores the class's method
         self.controls = np.array(self.controls)
         self.qpos = self.envs.batch.qpos.copy()
 
     def measure(self):
-        """Steps per second, over the whole trajectory."""
+        """Steps per second over the whole trajectory."""
         self.envs.set_state(self.start)
         began = time.perf_counter()
         for actions in self.actions:
@@ -112,12 +112,12 @@ class Ours:
 
 
 class Limit:
-    """The physics of a recorded trajectory of ours, and nothing else."""
+    """Only the physics of our recorded trajectory."""
 
     def __init__(self, ours):
         self.ours, batch = ours, ours.envs.batch
         self.frame_skip = ours.envs.task.frame_skip
-        self.batch = Batch(batch.model, batch.nsim, batch.nthread)  # binds no derived field
+        self.batch = Batch(batch.model, batch.nsim, batch.nthread)  # without derived arrays
         self.measure()
 
     def measure(self):
@@ -137,15 +137,15 @@ class Limit:
 
 
 def make(task):
-    warnings.simplefilter("ignore", DeprecationWarning)  # Gymnasium calls its v4 tasks out of date
+    warnings.simplefilter("ignore", DeprecationWarning)  # Gymnasium warns that v4 tasks are out of date
     return gymnasium.make(task, disable_env_checker=True)
 
 
 class Gymnasium:
-    """One of Gymnasium's vector environments, which goes on from round to round, on the controls of ours."""
+    """One of Gymnasium's vector environments, with our controls. It is not reset between rounds."""
 
     def __init__(self, kind, task, ours, steps, seed):
-        # A fork would copy the batches but not their threads, and hang where it frees one.
+        # a fork would copy the batches without their threads, and hang when it frees one
         options = {"context": "forkserver"} if kind is AsyncVectorEnv else {}
         self.envs = kind([lambda: make(task)] * ours.envs.num_envs, **options)
         self.controls = ours.controls[:steps].astype(np.float32)
@@ -160,7 +160,7 @@ class Gymnasium:
 
 
 class EnvPool:
-    """EnvPool's vector environment, which goes on from round to round, on the controls of ours."""
+    """EnvPool's vector environment, with our controls. It is not reset between rounds."""
 
     def __init__(self, task, ours, seed):
         num_envs, num_threads = ours.envs.num_envs, ours.envs.batch.nthread
@@ -170,7 +170,7 @@ class EnvPool:
         self.envs.step(self.controls[0])
 
     def measure(self):
-        ages = []  # steps of each environment's episode, 0 in a step that resets it
+        ages = []  # steps so far of each environment's episode; 0 in a step that resets it
         began = time.perf_counter()
         for controls in self.controls:
             *_, infos = self.envs.step(controls)
@@ -180,7 +180,7 @@ class EnvPool:
 
 
 def measure(args, env_id):
-    """Steps per second by kind: {name: (rounds,)}."""
+    """{kind: steps per second (rounds,)}."""
     ours = Ours(args, env_id)
     kinds = {"limit": Limit(ours), "ours": ours}
     task = env_id.rpartition("-")[0].replace("-v2", "-v4")
@@ -199,7 +199,7 @@ def measure(args, env_id):
 
 
 def row(env_id, speeds):
-    """The table's cells for one env id, by column."""
+    """{column: cell} of the table's row for one env id."""
     cells = {"environment steps per second": env_id}
     cells |= {name: f"{np.median(speed):,.0f}" for name, speed in speeds.items()}
     share = speeds["ours"] / speeds["limit"]
@@ -211,7 +211,7 @@ def row(env_id, speeds):
 
 
 def machine():
-    """The CPU, its cores and the versions, in a line."""
+    """A line with the CPU, its cores and the versions."""
     cpu = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as lines:

@@ -1,17 +1,17 @@
-"""What bfloat16 costs: errors of gradients, beside the noise that a batch brings with it.
+"""How large are bfloat16's errors in gradients, compared with the noise of the batches?
 
     python benchmark/gradient_precision.py
-    python benchmark/gradient_precision.py --parameters --sharing none  # flags that are not its own go to the scripts
+    python benchmark/gradient_precision.py --parameters --sharing none  # the scripts get the flags it does not know
 
-Each script trains in float32. At some points of the run, what the optimisers are given is computed again, on one batch
-and with the same draws, with products in float64, float32 and bfloat16. A parameter's error is the norm of the
-difference to float64; the noise is the standard deviation of its gradient in float64 over four batches. Printed is
-error over noise, worst and median over a network's parameters, and the lowest cosine with float64. With --parameters
-each has a row; the last two columns have bfloat16 in one network's products only, and show whose are to blame.
+Each script trains in float32. At some points of the run, we compute the gradients of one batch again, with products in
+float64, float32 and bfloat16 and the same random numbers. The error of a parameter's gradient is the norm of its
+difference to float64. The noise is the gradient's standard deviation over four batches, in float64. The table has error
+over noise, worst and median over a network's parameters, and the lowest cosine with float64. --parameters prints a row
+for each parameter; its last two columns use bfloat16 in one network only, and so show which network makes the error.
 
-MATD3's agents' gradients are all taken at the weights before the first one's step. MAPPO's are those of its first
-update on a rollout, and those that one more update on it would have; its other batches are up to three rollouts before.
-Left out is what has no gradient, as thresholds that mask nothing, or no noise.
+MATD3: all agents' gradients are computed before any agent's step. MAPPO: "first update" is the first on a rollout,
+"after its updates" would be one more update on the same rollout; the other batches are up to three earlier rollouts.
+Parameters without gradient or without noise are left out.
 """
 
 import contextlib
@@ -35,28 +35,29 @@ import kalei_mappo_mamujoco as mappo  # noqa: E402
 import kalei_matd3_mamujoco as matd3  # noqa: E402
 
 NETWORKS = ("actor", "critic")
-# the networks, with their targets, whose hidden layers multiply in bfloat16
+# {kind: networks whose hidden layers, and those of their targets, multiply in bfloat16}
 KINDS = {"float64": (), "float32": (), "bfloat16": NETWORKS, "actor's": ("actor",), "critic's": ("critic",)}
 
 
 @dataclasses.dataclass
 class Options:
     env_id: str = "HalfCheetah-v2-2x3"
-    """task to train on, with the values tuned for it"""
+    """task to train on, with its tuned values"""
     updates: tuple[int, ...] = (100, 300, 600)
-    """MATD3's updates before each look; none leaves MATD3 out"""
+    """MATD3: measure after these numbers of updates; empty: not at all"""
     rollouts: tuple[int, ...] = (2, 5, 20)
-    """MAPPO's rollouts up to the one that is looked at, from 2; none leaves MAPPO out"""
+    """MAPPO: measure at these rollouts, 2 or later; empty: not at all"""
     parameters: bool = False
-    """a row for each parameter"""
+    """also print a row for each parameter"""
     threads: int = 2
-    """threads for products and physics"""
+    """threads for the matrix products, and for the physics"""
 
 
 def gradients(learner, kind, update, batch):
-    """{(network, parameter): (steps, ...) float64}: what an update hands to the optimisers, which take no step.
+    """{(network, parameter): (steps, ...) float64}: the gradients that an update gives to the optimisers.
 
-    On a copy of the learner, in one of the KINDS; update(learner, batch), with the batch as a dict of tensors.
+    update(learner, batch) runs on a copy of the learner, in one of the KINDS, and changes no parameter. `batch` is a
+    dict of tensors.
     """
     learner, dtype, found = copy.deepcopy(learner), torch.float64 if kind == "float64" else torch.float32, {}
     learner.to(dtype)
@@ -99,7 +100,7 @@ def matd3_update(learner, batch):
 
 
 def mappo_update(learner, rollout, later=None):
-    """On a batch that the learner prepares, its first update, or the one at the weights of the learner `later`."""
+    """The learner prepares the batch and makes its first update, or an update with the weights of `later`."""
     batch, _ = learner.prepare(rollout)
     if later is not None:
         learner.load_state_dict(later.state_dict())
@@ -108,11 +109,11 @@ def mappo_update(learner, rollout, later=None):
 
 
 class Enough(Exception):
-    """Ends a run after its last look."""
+    """Ends a run after the last measurement."""
 
 
 def looks(script, points, options, flags):
-    """Run the script in a folder that goes, and compare at updates (MATD3) or rollouts (MAPPO): {name: rows}."""
+    """Run the script in a temporary folder, and compare at updates (MATD3) or rollouts (MAPPO): {name: rows}."""
     own, count, latest, found = script.Learner.update, 0, [], {}
 
     def update(learner, batch, *arguments):

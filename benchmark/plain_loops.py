@@ -1,7 +1,7 @@
-"""Kaleidoscope-MATD3's update written plainly, with Python loops over masks, critics, pairs of masks and agents.
+"""Kaleidoscope-MATD3's update in plain Python loops over masks, critics, pairs of masks and agents.
 
-It follows the equations one by one and any dtype: tests compare the fast update with it in float64, and
-benchmark/update.py times both. Nothing here is used for training.
+The code follows the equations one by one, in any dtype. Tests compare the fast update with it in float64, and
+benchmark/update.py times both. Training does not use it.
 """
 
 import copy
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 
 class Step(torch.autograd.Function):
-    """1[x > 0], whose gradient is tanh of the gradient that arrives (straight-through)."""
+    """1[x > 0]. Its backward pass returns tanh of the gradient that it gets (straight-through)."""
 
     @staticmethod
     def forward(ctx, x):
@@ -56,7 +56,7 @@ def coefficient(beta, rl_losses, diversities):
 
 
 class PlainLearner:
-    """The same learner as the script's Learner, from copies of its networks as they are, updated by loops."""
+    """The same learner as the script's Learner. Starts from copies of its networks and updates them in loops."""
 
     def __init__(self, learner, dtype=torch.float64):
         self.args, self.num_agents = learner.args, learner.num_agents
@@ -64,7 +64,7 @@ class PlainLearner:
             setattr(self, name, copy.deepcopy(getattr(learner, name)).to(dtype))
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=self.args.actor_lr)
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=self.args.critic_lr)
-        self.alone = []  # without sharing: every agent's parameters and optimiser
+        self.alone = []  # with --sharing none: (parameters, optimiser) of each agent
         for agent in range(self.num_agents if self.args.sharing == "none" else 0):
             rows = [parameter.detach()[agent].clone() for parameter in self.actor.parameters()]
             self.alone.append((rows, torch.optim.Adam(rows, lr=self.args.actor_lr)))
@@ -77,7 +77,7 @@ class PlainLearner:
         return torch.tanh(forward(actor, obs[:, agent], agent)) * actor.scale[agent] + actor.centre[agent]
 
     def update_critic(self, batch, noise):
-        """One critic step with the given target noise (B, N, act), in half action ranges, already clipped."""
+        """One critic step. noise: of the target actions (B, N, act), in half action ranges, already clipped."""
         args, actor = self.args, self.target_actor
         with torch.no_grad():
             next_actions = []
@@ -105,7 +105,7 @@ class PlainLearner:
 
     def update_actor(self, batch):
         args = self.args
-        # the mean of the ensemble, or the first of separate critics, as in TD3
+        # the actor maximises the ensemble's mean, or the first of separate critics, as in TD3
         climbed = [0] if args.critic_sharing == "none" else list(range(args.num_critics))
         self.critic.requires_grad_(False)
         for agent in range(self.num_agents):
@@ -131,7 +131,7 @@ class PlainLearner:
 
     @torch.no_grad()
     def step_alone(self, agent):
-        """Adam for one agent's rows of all parameters, as if they were a network of its own."""
+        """An Adam step for one agent's rows of all parameters, as if they were a separate network."""
         rows, optimizer = self.alone[agent]
         for row, parameter in zip(rows, self.actor.parameters(), strict=True):
             row.grad = parameter.grad[agent].clone()
@@ -141,13 +141,13 @@ class PlainLearner:
 
     @torch.no_grad()
     def update_targets(self):
-        """The critic's target once; then agent by agent the target of the network that the agent holds.
+        """Polyak averaging: first the critic's target, then, agent by agent, the target of the agent's network.
 
-        A network that all agents hold is thus averaged once per agent, and one of an agent's own once.
+        So a network that all agents share is averaged once per agent, and an agent's separate network once.
         """
         polyak, agents = self.args.polyak, [slice(None)] * self.num_agents
         if self.args.sharing == "none":
-            agents = range(self.num_agents)  # the rows of its own network
+            agents = range(self.num_agents)  # the rows of the agent's network
         pairs = [(self.critic, self.target_critic, slice(None))]
         pairs += [(self.actor, self.target_actor, rows) for rows in agents]
         for network, target, rows in pairs:

@@ -1,11 +1,11 @@
-"""Whether the scripts give, bit for bit, the results of another commit: weights of the saved model and all curves.
+"""Do the scripts give the same results as at another commit? Compares the saved models' weights and all curves.
 
     python benchmark/same_results.py 35ae519
     python benchmark/same_results.py HEAD~1 --steps 2000 --scripts mappo --sharing full -- --precision float32
 
-Both versions run side by side, one thread each, for each script and way of sharing. What follows `--` goes to the
-scripts. A flag goes to those that know it: of one that is new or gone, the other version has its way. Prints a line for
-each tensor of model.pt and each curve that differs, but for those that measure time. Exit code 1 if one does.
+Both versions run side by side, one thread each, for each script and way of sharing. Flags after `--` go to the scripts.
+If only one version knows a flag, only that version gets it. Prints a line for each tensor of model.pt and each curve
+that differs in any bit; curves of times are left out. Exit code 1 if something differs.
 """
 
 import dataclasses
@@ -26,17 +26,17 @@ sys.path.insert(0, str(ROOT))
 from benchmark.compare_commits import check_out  # noqa: E402
 from tools.grid import read_events  # noqa: E402
 
-TIMES = ("charts/SPS", "charts/checkpoint_seconds")  # what differs from run to run
+TIMES = ("charts/SPS", "charts/checkpoint_seconds")  # these differ from run to run
 
 
 @dataclasses.dataclass
 class Options:
-    commit: tyro.conf.Positional[str]  # the version to compare with, as git names it
+    commit: tyro.conf.Positional[str]  # git's name of the version to compare with
     steps: int = 20_000  # environment steps of each run
-    env_id: str = "HalfCheetah-v2-2x3"  # task
-    seed: int = 1  # of all runs
-    scripts: tuple[Literal["matd3", "mappo"], ...] = ("matd3", "mappo")  # which to run
-    sharing: tuple[Literal["kaleidoscope", "full", "none"], ...] = ("kaleidoscope", "full", "none")  # which to run
+    env_id: str = "HalfCheetah-v2-2x3"  # task to train on
+    seed: int = 1  # random seed of all runs
+    scripts: tuple[Literal["matd3", "mappo"], ...] = ("matd3", "mappo")  # scripts to run
+    sharing: tuple[Literal["kaleidoscope", "full", "none"], ...] = ("kaleidoscope", "full", "none")  # ways of sharing
 
 
 def known_flags(script):
@@ -46,7 +46,7 @@ def known_flags(script):
 
 
 def start(script, flags, folder):
-    """The process of a run in a new folder, with the flags, {name: value or None}, that the script knows."""
+    """Start a run in a new folder, with those of the flags {name: value or None} that the script knows."""
     known, command = known_flags(script), [sys.executable, str(script)]
     for name, value in flags.items():
         if name in known:
@@ -58,7 +58,7 @@ def start(script, flags, folder):
 
 
 def results(folder):
-    """{name: tensor} of the run in a folder, its curves among them as (steps, 2): step and value."""
+    """{name: tensor} of the run in a folder: the model's weights, and curves (steps, 2) of step and value."""
     (run,) = (folder / "runs").iterdir()
     model = torch.load(run / "model.pt", weights_only=True)
     found = {f"model.pt {net} {name}": x for net in ("actor", "critic") for name, x in model[net].items()}
@@ -69,14 +69,14 @@ def results(folder):
 
 
 def difference(new, old):
-    """What differs between two tensors or None, in words; "" if nothing does, down to the last bit."""
+    """The difference between two tensors (or None) in words; "" if they are the same, bit for bit."""
     if new is None or old is None:
         return "is not there" if new is None else "was not there"
     if (new.dtype, new.shape) != (old.dtype, old.shape):
         return f"is {new.dtype} {tuple(new.shape)} and was {old.dtype} {tuple(old.shape)}"
     if new.numpy().tobytes() == old.numpy().tobytes():
         return ""
-    apart = (new != old).flatten().nonzero()  # none where only zeros' signs or NaNs differ
+    apart = (new != old).flatten().nonzero()  # empty if only the sign of a zero or a NaN differs
     where = apart[0].item() if len(apart) else 0
     values = f"{new.flatten()[where].item()!r} and was {old.flatten()[where].item()!r}"
     return f"differs in {len(apart)} of {new.numel()} numbers, the first is {values}"

@@ -1,11 +1,11 @@
-"""Do runs side by side slow each other down? Time of an update of one run alone, and of several at once.
+"""Do runs side by side slow each other down? Times an update of one run alone, and of several runs at once.
 
     python benchmark/side_by_side.py
     OMP_WAIT_POLICY=ACTIVE python benchmark/side_by_side.py  # threads that spin while they wait
 
-Each run is benchmark/training_speed.py in its own process, with one thread per CPU as a user would start it. One run
-alone and all runs at once take turns. Prints medians over rounds of milliseconds an update; "share" is the speed of one
-of several runs relative to a run alone: 1 / runs would be a fair share of the machine.
+Each run is benchmark/training_speed.py in its own process, with one thread per CPU, as a user would start it. A round
+measures one run alone, then all runs at once. Prints milliseconds an update, medians over rounds. "share" is the speed
+of the slowest of several runs, relative to one run alone; a fair share of the machine would be 1 / runs.
 """
 
 import concurrent.futures
@@ -28,10 +28,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclasses.dataclass
 class Options:
-    env_id: str = "HalfCheetah-v2-2x3"  # task
+    env_id: str = "HalfCheetah-v2-2x3"  # task to train on
     script: Literal["matd3", "mappo"] = "matd3"  # which script to run
     runs: int = 2  # runs at once
-    rounds: int = 3  # how often one run and several runs take turns
+    rounds: int = 3  # rounds; each measures one run, then several at once
 
 
 def measure_at_once(options, runs):
@@ -42,7 +42,7 @@ def measure_at_once(options, runs):
 
 
 def shares(options):
-    """(ms an update alone, slowest ms an update of several at once), medians over rounds."""
+    """(ms an update of one run alone, ms an update of the slowest of several runs), medians over rounds."""
     found = [
         (measure_at_once(options, 1)[0], max(measure_at_once(options, options.runs))) for _ in range(options.rounds)
     ]

@@ -1,15 +1,15 @@
-"""Train for a long time, killing the run at random instants and resuming it each time, and watch what it leaves behind.
+"""Train for a long time. Kill the run at random moments, resume it each time, and check that nothing was lost.
 
     python benchmark/soak.py --minutes 120 --kill-after 30 300
     python benchmark/soak.py --kills 100 --kill-after 0.1 4  # a hundred kills -9 of a small run
-    python benchmark/soak.py --script kalei_mappo_mamujoco.py --minutes 30  # flags it does not know go to the script
+    python benchmark/soak.py --script kalei_mappo_mamujoco.py --minutes 30  # the script gets other flags
     python benchmark/soak.py --folder killed --total-timesteps 100000  # to the run's end, and keep it
 
-A kill is SIGKILL or, one time in four, SIGTERM, so many seconds after the run has gone on, or has written its first
-checkpoint. After every kill the checkpoint is read; the run is then resumed from it, and must go on from its step.
-Prints a line for each life of the run: how it ended, the steps it reached, and the resident memory, threads and open
-files of the process, early and late in it. A run that reaches its end with exit code 0 ends the soak. Exit code 1 if
-anything was lost. Linux only (/proc).
+A kill is SIGKILL or, one time in four, SIGTERM. It comes --kill-after seconds after the run has resumed or has written
+its first checkpoint. After every kill, we read the checkpoint and resume from it; its step must not be lower than
+before. Prints a line for each life of the run: how it ended, its steps, and the process's resident memory, threads and
+open files. When a run reaches its end with exit code 0, the test ends. Exit code 1 if anything was lost. Linux only
+(/proc).
 """
 
 import contextlib
@@ -41,17 +41,17 @@ PAGE = os.sysconf("SC_PAGE_SIZE") / 2**20  # MiB
 @dataclasses.dataclass
 class Options:
     script: Literal["kalei_matd3_mamujoco.py", "kalei_mappo_mamujoco.py"] = "kalei_matd3_mamujoco.py"
-    """which script trains, with a small network and a replay buffer that is soon full, unless flags say otherwise"""
+    """script that trains, by default with a small network and a small replay buffer"""
     minutes: float = 1e9
-    """stop after so many minutes"""
+    """stop after this many minutes"""
     kills: int = 10**9
-    """stop after so many kills"""
+    """stop after this many kills"""
     kill_after: tuple[float, float] = (5.0, 60.0)
-    """seconds after which a kill comes, uniform between these"""
+    """lowest and highest number of seconds until a kill, drawn uniformly"""
     seed: int = 0
-    """of the instants and the kinds of kills"""
+    """random seed of the moments and kinds of kills"""
     folder: str | None = None
-    """empty or new folder to keep the run in, and what it printed; by default all of it is deleted"""
+    """new or empty folder that keeps the run and its output; default: a temporary folder"""
 
 
 def usage(pid):
@@ -61,7 +61,7 @@ def usage(pid):
 
 
 def wait_for(condition, process, seconds=300):
-    """Wait until the condition holds: False if the process has ended or time is over before."""
+    """Wait until the condition holds. Returns False if the process ends or the seconds pass before."""
     end = time.monotonic() + seconds
     while not condition():
         if process.poll() is not None or time.monotonic() > end:
@@ -91,7 +91,7 @@ def main():
             if run is None:
                 started = wait_for(lambda: list(Path(folder).glob("runs/*/checkpoint.pt")), process)
                 run = next(Path(folder).glob("runs/*"))
-            else:  # it goes on when its own event file is there
+            else:  # a resumed run writes a new event file
                 known = len(list(run.glob("events*")))
                 started = wait_for(lambda run=run, known=known: len(list(run.glob("events*"))) > known, process)
             if not started:

@@ -1,17 +1,17 @@
-"""Where the time of training goes, for both scripts, on whatever device there is: one table.
+"""How fast do the scripts train here, and where does the time go? Prints one table.
 
     python benchmark/training_speed.py
     python benchmark/training_speed.py --scripts mappo --sharing kaleidoscope full none
     python benchmark/training_speed.py --modes eager compiled
     python benchmark/training_speed.py --profile
-    python benchmark/training_speed.py --scripts matd3 --num-critics 2  # flags that are not its own go to the scripts
+    python benchmark/training_speed.py --scripts matd3 --num-critics 2  # the scripts get the flags it does not know
 
-Each line is a run of a script: its rounds (MATD3: acting for --train-interval steps of all environments, then
---updates-per-round updates; MAPPO: a rollout and all its updates) are made as in the script's main loop, without
-logging and evaluation, with values tuned for the env id. The runs take turns, round by round, so that they meet the
-same conditions. Printed are medians over the timed rounds: environment steps a second; milliseconds an update; the time
-that 10,000,000 steps would take at that pace, without evaluation; environment steps a second of the physics alone; and
-the shares of acting (networks), physics, copying (actions to the host, transitions to the device) and updates.
+Each line is a run of a script, with the tuned values of the env id and without logging and evaluation. Its rounds are
+those of the script's main loop. MATD3: --train-interval steps of all environments, then --updates-per-round updates.
+MAPPO: a rollout and all its updates. All runs make round 1, then all make round 2, and so on, so that they meet the
+same conditions. The columns are medians over the timed rounds: environment steps a second; milliseconds an update;
+hours for 10,000,000 steps at this speed; environment steps a second of the physics alone; and the shares of acting
+(networks), physics, copying (actions to the host, transitions to the device) and updates.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the scripts, before PyTorch
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before PyTorch is imported, as in the scripts
 
 import torch
 import tyro
@@ -42,27 +42,27 @@ PARTS = ("acting", "physics", "copying", "updates")
 @dataclasses.dataclass
 class Options:
     env_id: str = "Ant-v2-4x2"
-    """task whose sizes and tuned values are used"""
+    """task to train on, with its tuned values"""
     scripts: tuple[Literal["matd3", "mappo"], ...] = ("matd3", "mappo")
-    """which scripts to measure"""
+    """scripts to measure"""
     sharing: tuple[Literal["kaleidoscope", "full", "none"], ...] = ("kaleidoscope",)
-    """which ways of sharing to measure"""
+    """ways of sharing to measure"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where networks, storage and updates live; auto takes the GPU if there is one"""
+    """device of networks, storage and updates; auto: the GPU if there is one"""
     threads: int = usable_cpus()
-    """threads for the products and for the physics"""
+    """threads for the matrix products, and for the physics"""
     modes: tuple[Literal["eager", "graph", "compiled", "compiled graph"], ...] = ()
-    """what of --cudagraph and --compile the runs use; by default eager, and with a GPU also graphs"""
+    """graph: with --cudagraph; compiled: with --compile; eager: neither. Default: eager, and with a GPU also graph"""
     rounds: int = 5
     """timed rounds of each run"""
     warmup_rounds: int = 4
-    """rounds before these, not timed; a graph is recorded in the fourth call of an update, MAPPO's fourth round"""
+    """untimed rounds before the timed ones; the fourth call of an update, in MAPPO the fourth round, records a graph"""
     profile: bool = False
-    """then print of each run where the updates of one more round spend their time, by operator"""
+    """also print, for each run, where one more round of updates spends its time, by operator"""
 
 
 class Run:
-    """A training run with a stopwatch in the place of logs."""
+    """A training run with a stopwatch instead of logs."""
 
     def __init__(self, script, sharing, mode, options, flags):
         self.args, _ = script.parse_args(["--env-id", options.env_id, "--sharing", sharing, *flags])
@@ -80,10 +80,10 @@ class Run:
         self.make_updates()
         self.obs, infos = self.envs.reset()
         self.state = infos["state"]
-        self.seconds = []  # of each timed round, by part
+        self.seconds = []  # one dict per timed round: {part: seconds}
 
     def lap(self, part):
-        """Add the time since the last call to a part."""
+        """Add the time since the last call to `part`."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         now = time.perf_counter()
@@ -126,7 +126,7 @@ class Matd3(Run):
         sizes = (self.envs.state_size, self.space.shape, args.n_step, args.gamma)
         self.replay = matd3.Replay(rows, args.num_envs, *sizes, self.device, self.envs.columns)
         state = self.envs.reset()[1]["state"]
-        for _ in range(rows):  # of real physics, with random actions
+        for _ in range(rows):  # real physics, random actions
             actions = self.envs.action_space.sample()
             _, reward, terminated, truncated, infos = self.envs.step(actions)
             self.replay.add([(state, actions, reward, infos["final_state"], terminated, truncated)])

@@ -1,12 +1,14 @@
-"""Time of one whole update of Kaleidoscope-MATD3, ours against plain Python loops, side by side in one run.
+"""Times one whole update of Kaleidoscope-MATD3: ours, and one in plain Python loops.
 
     python benchmark/update.py --threads 2
 
-An update draws a batch from the replay buffer, updates the critic and, every policy_freq updates, all agents in
-turn and the targets. Both learners start from the same weights and take turns, round by round; a round is
-policy_freq updates. Prints the median time of an update, and the floor: the floating-point operations of the matrix
-products that the method asks for, over the rate that this machine reaches on one large product; that rate for products
-of several masks at once; and how many operations on tensors an update is, of which a GPU launches each.
+An update draws a batch from the replay buffer and updates the critic; every policy_freq updates, it also updates all
+agents one after the other, and the targets. Both learners start from the same weights. A round is policy_freq updates
+of one learner, then of the other. Prints the median time of an update, and:
+  * the floor: floating-point operations of the matrix products that the method needs, divided by the rate that this
+    machine reaches on one large product
+  * the rate for products of several masks at once
+  * the number of operations on tensors in an update; a GPU launches each of them
 """
 
 import dataclasses
@@ -18,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the scripts, before PyTorch
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before PyTorch is imported, as in the scripts
 
 import torch
 import tyro
@@ -35,23 +37,23 @@ from mamujoco_env import MaMuJoCoVecEnv  # noqa: E402
 @dataclasses.dataclass
 class Options:
     env_id: str = "Ant-v2-4x2"
-    """task whose sizes are used"""
+    """task that sets the sizes"""
     threads: int = 2
     """threads for the matrix products"""
     rounds: int = 40
-    """timed rounds of policy_freq updates each"""
+    """timed rounds, of policy_freq updates each"""
     warmup_rounds: int = 5
-    """rounds before these, not timed"""
+    """untimed rounds before the timed ones"""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of our hidden layers' products; the plain loops' are float32"""
+    """precision of our hidden layers' products; the plain loops use float32"""
 
 
 def product_flops(learner, batch_size):
-    """Operations of the matrix products in one update, averaged over policy_freq updates: (2 a multiply-add).
+    """Floating-point operations of the matrix products in one update, mean over policy_freq updates (multiply-add: 2).
 
-    Counted are a forward pass per network and mask, the backward passes towards weights and hidden layers, and in an
-    agent's step the backward pass through the critic towards the action; not counted is what need not be computed:
-    gradients towards states, and in an agent's step the parts of the critic's first layer that do not change.
+    Counts a forward pass per network and mask, the backward passes towards weights and hidden layers and, in an agent's
+    step, the backward pass through the critic towards the action. Leaves out products that the method does not need:
+    gradients towards states and, in an agent's step, the parts of the critic's first layer that do not change.
     """
     args, agents, critics = learner.args, learner.num_agents, learner.args.num_critics
 
@@ -68,7 +70,7 @@ def product_flops(learner, batch_size):
 
 
 class CountOperations(TorchDispatchMode):
-    """Counts operations that compute: not those that return a view of their input, or memory as it is."""
+    """Counts operations that compute. Leaves out those that only return a view of their input, or fresh memory."""
 
     def __init__(self):
         super().__init__()
@@ -82,7 +84,7 @@ class CountOperations(TorchDispatchMode):
 
 
 def product_rate(a, b):
-    """Floating-point operations a second of the product a @ b, where a is the larger."""
+    """Floating-point operations a second of the product a @ b, where a has all leading dimensions."""
     times = []
     for _ in range(50):
         start = time.perf_counter()
@@ -104,7 +106,7 @@ def main():
     ours = Learner(envs.state_size, space.low, space.high, args, device)
     replay = Replay(1000, args.num_envs, envs.state_size, space.shape, n_step, args.gamma, device)
     state = envs.reset()[1]["state"]
-    for _ in range(1000):  # 10,000 transitions of real physics
+    for _ in range(1000):  # 10,000 transitions from real physics
         actions = envs.action_space.sample()
         _, reward, terminated, truncated, infos = envs.step(actions)
         replay.add([(state, actions, reward, infos["final_state"], terminated, truncated)])
