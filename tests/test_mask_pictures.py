@@ -26,7 +26,7 @@ from experiment.mask_pictures import mask_difference, sparsity
 from experiment.saved_models import save_model
 from kalei_matd3_mamujoco import MaskedLinear
 from tools import masks as script
-from tools import one_mask
+from tools import metres, one_mask
 
 
 def network(masks=5, sizes=((9, 6), (6, 3), (3, 1)), bias=0.0, sharing="kaleidoscope"):
@@ -392,3 +392,27 @@ def test_one_mask_answers_bad_input_in_one_line(run, models, tmp_path, what, com
     code, out, err = run(path, *flags, main=one_mask.main)
     assert (code, out) == (2, "")
     assert err.startswith("error: ") and err.count("\n") == 1 and complaint in err
+
+
+# ---- tools/metres.py ----
+def test_metres_are_those_of_episodes_run_one_by_one(hopper, run):
+    algorithm, args, envs, actor, path = hopper
+    code, out, err = run(path, "--eval-episodes", 3, main=metres.main)
+    assert (code, err) == (0, "")
+    returns, walked, speeds = [], [], []
+    envs.reset(seed=args.seed + 1_000_000)
+    starts = envs.task.qpos[:, 0].copy()
+    for env in range(3):
+        obs, _ = envs.reset(seed=args.seed + 1_000_000)
+        total, steps, ended = 0.0, 0, False
+        while not ended:
+            x = envs.task.qpos[env, 0]
+            actions = actor.act(torch.as_tensor(obs), actor.effective_layers()).detach().numpy()
+            obs, reward, terminated, truncated, _ = envs.step(actions)
+            total, steps, ended = total + reward[env], steps + 1, terminated[env] or truncated[env]
+        returns.append(total)
+        walked.append(x - starts[env])
+        speeds.append(walked[-1] / ((steps - 1) * 0.008))
+    lines = {"return": returns, "metres": walked, "metres a second": speeds}
+    expected = [f"{name:>16}  {np.mean(x):8.2f} +- {np.std(x):.2f}" for name, x in lines.items()]
+    assert out.splitlines() == expected and abs(np.mean(walked)) > 0.01
