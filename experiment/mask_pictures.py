@@ -181,7 +181,7 @@ def log_mask_shares(writer, learner, step):
 
 @torch.no_grad()
 def log_masks(writer, learner, step):
-    """Of each network that has masks, write a picture, each layer's log_sizes, and the shares that none and all keep."""
+    """Write a picture of each network with masks, histograms of log_sizes, and shares that no and all masks keep."""
     for name, network in masked_networks(learner):
         canvas = draw(network, name).canvas
         canvas.draw()

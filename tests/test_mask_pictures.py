@@ -184,7 +184,8 @@ def test_nothing_is_cut_off_at_the_edges(masks):
     figure = mask_pictures.draw(network(masks, ((393, 256), (256, 1)), bias=2.0), "critic")
     inches = figure.get_tightbbox()
     assert min(inches.min) > 0 and (inches.max < figure.get_size_inches()).all()
-    headings = [next(t for t in ax.texts if t.get_text().startswith(("sampled weights", "kept by"))) for ax in figure.axes[:3]]
+    starts = ("sampled weights", "kept by")
+    headings = [next(t for t in ax.texts if t.get_text().startswith(starts)) for ax in figure.axes[:3]]
     boxes = [heading.get_window_extent() for heading in headings]
     assert boxes[0].x1 < boxes[1].x0 and boxes[1].x1 < boxes[2].x0
 

@@ -207,7 +207,7 @@ MISTAKES_MAPPO = {
     "--clip": "--clip has no value, expected a number or None",
     "--sharing some": "--sharing is 'some', expected kaleidoscope or full or none",
     "--num-critics 5": "--num-critics is no flag of this script",
-    "--lr-schedule maybe": "--lr-schedule is 'maybe', expected linear or constant or None",
+    "--lr-schedule maybe": "--lr-schedule is 'maybe', expected constant or linear or None",
     "--layer-weights 1 2 4": "--layer-weights is '1 2 4', expected 4 values, each a number",
 }
 MISTAKES = {  # {(script, its flags): what it must say}
@@ -275,7 +275,6 @@ def test_what_tyro_takes_is_taken(algorithm, capsys):
     flags = ["--tau", "1"]  # a flag of CleanRL, and of this script as well
     assert command_line.check_flag_names(flags, own) is flags
     assert capsys.readouterr() == ("", "")
-
 
 
 @pytest.mark.parametrize("algorithm", [script, kalei_mappo_mamujoco])

@@ -234,7 +234,7 @@ def make_command(job, options, action, folder):
 
 
 def claim(job, accept_other_code):
-    """(log, action, folder, message): a file descriptor, locked while the grid or the run holds it, and look_up's answer.
+    """(log, action, folder, message): a descriptor, locked while the grid or the run holds it, and look_up's answer.
 
     Moves abandoned folders away, so that figures find one run. If the log cannot be opened, or another process holds
     it: (None, "refuse", None, the reason).
