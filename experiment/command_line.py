@@ -1,7 +1,11 @@
 """Warnings and errors: one line on stderr, above the progress bar if there is one. Also the flags' allowed values."""
 
+import contextlib
 import dataclasses
+import difflib
 import inspect
+import io
+import itertools
 import math
 import os
 import re
@@ -9,6 +13,7 @@ import sys
 import textwrap
 import typing
 
+import tyro
 from tqdm import tqdm
 
 
@@ -74,15 +79,46 @@ def check_ranges(args, where=""):
         require(not seen, f"{where}--eval-episodes is 0, expected at least 1 beside --{name.replace('_', '-')}")
 
 
+def accepts(args_class, words):
+    """Whether tyro takes these words. Where it does not, it would draw a box of several lines."""
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            tyro.cli(args_class, args=words, console_outputs=False)
+    except SystemExit as end:
+        return end.code == 0  # after --help
+    return True
+
+
+def in_words(kind):
+    """What a flag of this kind expects: "an integer", "auto or cpu or cuda"."""
+    kinds = [in_words(each) for each in typing.get_args(kind) if each is not ...]
+    names = {int: "an integer", float: "a number", str: "a text", bool: "no value", type(None): "None"}
+    text = " or ".join(dict.fromkeys(kinds)) or names.get(kind, str(kind))
+    return f"{len(kinds)} values, each {text}" if typing.get_origin(kind) is tuple and len(kinds) > 1 else text
+
+
 def check_flag_names(argv, args_class):
-    """Return argv (None: the command line's). Fail at a flag of CleanRL or HARL, and name the script's own."""
-    own = {field.name.replace("_", "-") for field in dataclasses.fields(args_class)}
-    elsewhere = {names.split()[0]: own.intersection(names.split()) for names in FLAGS_ELSEWHERE.split("|")}
-    for word in sys.argv[1:] if argv is None else argv:
-        flag = word.partition("=")[0]
-        name = flag.replace("_", "-").removeprefix("--no-").removeprefix("--")
-        if flag.startswith("--") and name not in own and elsewhere.get(name):
-            fail(f"{flag} is no flag of this script, expected --{' or --'.join(sorted(elsewhere[name]))} (see --help)")
+    """Return argv (None: the command line's). Fail at a wrong value or flag, in one line, before tyro draws a box."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    starts = [i for i, word in enumerate(words) if word.startswith("--")]
+    first, *groups = [words[i:j] for i, j in itertools.pairwise([0, *starts, len(words)])]  # a flag and its values each
+    if accepts(args_class, words):
+        return argv
+    if not accepts(args_class, first):
+        require(not first, f"{' '.join(first)!r} is no flag of this script, expected --FLAG VALUE (see --help)")
+        return argv  # a tool's positional argument is missing, as tyro will say
+    flags = {f"--{name.replace('_', '-')}": kind for name, kind in typing.get_type_hints(args_class).items()}
+    flags |= {flag.replace("--", "--no-"): kind for flag, kind in flags.items() if kind is bool}
+    elsewhere = {names.split()[0]: [f"--{name}" for name in names.split()[1:]] for names in FLAGS_ELSEWHERE.split("|")}
+    for group in groups:
+        if not accepts(args_class, [*first, *group]):
+            word, equals, value = group[0].partition("=")
+            flag, values = word.replace("_", "-"), " ".join([value] * bool(equals) + group[1:])
+            if flag in flags:
+                fail(f"{word} {f'is {values!r}' if values else 'has no value'}, expected {in_words(flags[flag])}")
+            names = elsewhere.get(flag.removeprefix("--no-").removeprefix("--"), [])
+            near = sorted(flags.keys() & names) or difflib.get_close_matches(flag, flags, 1) or ["another one"]
+            fail(f"{word} is no flag of this script, expected {' or '.join(near)} (see --help)")
     return argv
 
 

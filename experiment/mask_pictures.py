@@ -1,9 +1,4 @@
-"""Pictures of masks: what each mask keeps of the shared weights, for TensorBoard and, larger, for paper.
-
-    python tools/masks.py runs/RUN/model.pt --out masks  # of a saved model
-
-    writer = SummaryWriter("runs/RUN")
-    log_masks(writer, learner, global_step)              # during training
+"""Pictures of masks, for TensorBoard and for tools/masks.py: what each mask keeps of the shared weights.
 
 A network has `layers`. Each layer has `weight` W (out, in), `thresholds` s (M, out, in) or None, and `masks()`
 (M, out, in) bool, True where mask k keeps a weight: |W| > sigmoid(s_k).
@@ -113,7 +108,8 @@ def draw_differences(ax, matrix, end):
 def draw_thresholds(ax, sizes, thresholds, low, high):
     """2-D histogram of log10 |W| and log10 sigmoid(s), (n,) each; weights on or above the diagonal are masked."""
     bins = 60 if len(sizes) > 20_000 else 30
-    ax.hist2d(sizes, thresholds, bins, range=[(low, high)] * 2, norm="log", vmin=1, cmap="viridis_r")
+    *_, image = ax.hist2d(sizes, thresholds, bins, range=[(low, high)] * 2, norm="log", vmin=1, cmap="viridis_r")
+    ax.figure.colorbar(image, cax=ax.inset_axes((1.03, 0, 0.04, 1)))
     ax.plot((low, high), (low, high), "black")
     for x, y, text, anchor in ((0.04, 0.93, "masked", "left"), (0.96, 0.07, "kept", "right")):
         ax.text(x, y, text, ha=anchor, va="center", transform=ax.transAxes, bbox=dict(color="white", pad=1))
@@ -136,7 +132,7 @@ def draw_kept_by(ax, shares, end):
 
 @torch.no_grad()
 def draw(network, name):
-    """A matplotlib Figure of all masked layers, a row each. A column has the same scale in all rows."""
+    """A matplotlib Figure of all masked layers, a row each. The axes of a column have the same scale in all rows."""
     layers, num_masks = network.layers, len(network.layers[0].thresholds)
     width, height = 9.3, 0.9 + 2.8 * len(layers)  # inches
     figure = new_figure(width, height)
@@ -144,7 +140,7 @@ def draw(network, name):
     axes = figure.subplots(len(layers), 3, squeeze=False, gridspec_kw=edges)
     title = f"{name}, {num_masks} mask{'s' if num_masks > 1 else ''}"
     figure.text(0.02, 1 - 0.3 / height, title, size="x-large")
-    headings = ("kept by one of two masks, %", "weights, dark where many", "kept by how many masks")
+    headings = ("kept by one of two masks, %", "sampled weights in a cell", "kept by how many masks")
     for ax, heading in zip(axes[0], headings, strict=True):
         ax.text(0, 1.2, heading, transform=ax.transAxes, size="large")
 
@@ -169,36 +165,30 @@ def draw(network, name):
 
 
 # ---- TensorBoard ----
-def log_mask_shares(writer, learner, step):
-    """Write each layer's share of zeros, and the share of weights that one mask keeps and another drops.
+def masked_networks(learner):
+    """[(name, network)] of the learner's networks that have masks."""
+    networks = (("actor", learner.actor), ("critic", learner.critic))
+    return [(name, network) for name, network in networks if masks_act(network)]
 
-    Writes nothing for a network without masks.
-    """
-    for name, network in (("actor", learner.actor), ("critic", learner.critic)):
-        if not masks_act(network):
-            continue
+
+def log_mask_shares(writer, learner, step):
+    """Write each masked layer's share of zeros, and the share of weights that one mask keeps and another drops."""
+    for name, network in masked_networks(learner):
         for layer, share in enumerate(sparsity(network).tolist(), start=1):
             writer.add_scalar(f"masks/{name}_sparsity_layer{layer}", share, step)
         writer.add_scalar(f"masks/{name}_difference", mask_difference(network).item(), step)
 
 
+@torch.no_grad()
 def log_masks(writer, learner, step):
-    """Write what log_network draws of each network that has masks."""
-    for name, network in (("actor", learner.actor), ("critic", learner.critic)):
-        if masks_act(network):
-            log_network(writer, name, network, step)
-
-
-def log_network(writer, name, network, step):
-    """Write a picture, histograms of log10 |W| and log10 sigmoid(s) of each layer, and two shares of weights."""
-    canvas = draw(network, name).canvas
-    canvas.draw()
-    writer.add_image(f"masks/{name}", np.asarray(canvas.buffer_rgba())[..., :3], step, dataformats="HWC")
-    none = every = total = 0
-    for i, layer in enumerate(network.layers, start=1):
-        for what, values in zip(("weights", "thresholds"), log_sizes(layer), strict=True):
-            writer.add_histogram(f"masks/{name}_layer{i}_{what}", every_kth(values), step, bins=60)
-        shares, size = kept_by(layer).tolist(), layer.thresholds[0].numel()
-        none, every, total = none + shares[0] * size, every + shares[-1] * size, total + size
-    writer.add_scalar(f"masks/{name}_kept_by_none", none / total, step)
-    writer.add_scalar(f"masks/{name}_kept_by_all", every / total, step)
+    """Write a picture of each network with masks, histograms of log_sizes, and shares that no and all masks keep."""
+    for name, network in masked_networks(learner):
+        canvas = draw(network, name).canvas
+        canvas.draw()
+        writer.add_image(f"masks/{name}", np.asarray(canvas.buffer_rgba())[..., :3], step, dataformats="HWC")
+        for i, layer in enumerate(network.layers, start=1):
+            for what, values in zip(("weights", "thresholds"), log_sizes(layer), strict=True):
+                writer.add_histogram(f"masks/{name}_layer{i}_{what}", every_kth(values), step, bins=60)
+        keep = torch.cat([layer.masks().sum(0).flatten() for layer in network.layers])
+        for who, count in (("none", 0), ("all", len(network.layers[0].thresholds))):
+            writer.add_scalar(f"masks/{name}_kept_by_{who}", (keep == count).float().mean().item(), step)

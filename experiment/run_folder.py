@@ -6,7 +6,6 @@ import glob
 import os
 import re
 import shutil
-import sys
 import time
 
 try:
@@ -19,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from experiment.code_identity import identity
 from experiment.command_line import fail, warn
 from experiment.processes import broadcast_object, rank_and_size
+from experiment.stopping import StopSignals
 
 
 def open_run(args, device, global_step, rank=0):
@@ -29,21 +29,22 @@ def open_run(args, device, global_step, rank=0):
     """
     if rank > 0:
         return broadcast_object(None), NoWriter()
-    run_folder = args.resume if args.resume is not None else make_run_folder(args)
+    resumed, table = args.resume is not None, dataclasses.asdict(args) | identity(type(args))
+    run_folder = args.resume if resumed else make_run_folder(args)
     lock = lock_run_folder(run_folder)
     if args.track:
-        start_tracking(args, run_folder)
-    if args.resume is not None:
-        wait_for_new_name(run_folder)
-        writer = Writer(run_folder, lock, purge_step=global_step + 1)  # TensorBoard then drops all later entries
-    else:
-        writer = Writer(run_folder, lock)
-    table = dataclasses.asdict(args) | identity(type(args))
+        start_tracking(run_folder, resumed, table)
+    wait_for_new_name(run_folder)
+    # TensorBoard then drops all later entries of a resumed run
+    writer = Writer(run_folder, lock, purge_step=global_step + 1 if resumed else None)
     rows = "\n".join(f"|{name}|{value}|" for name, value in table.items())
     writer.add_text("hyperparameters", f"|name|value|\n|-|-|\n{rows}", global_step)
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
     changed = [f"{name} {value}" for name, value in vars(args).items() if value != defaults[name] and name != "resume"]
     print(f"{run_folder} on {rank_and_size()[1]} x {device}: {', '.join(changed)}")
+    StopSignals.afterwards = ". Nothing can continue this run: --checkpoint-interval is 0"
+    if args.checkpoint_interval or resumed:
+        StopSignals.afterwards = f". To continue: python {table['script']} --resume {run_folder}"
     return broadcast_object(run_folder), writer
 
 
@@ -68,19 +69,26 @@ def make_run_folder(args):
             fail(f"{error.filename}: {error.strerror}, expected a folder to write to")
 
 
-def lock_run_folder(run_folder):
-    """Lock the folder, and fail if another process trains in it. Returns an open file: closing it ends the lock."""
-    if fcntl is None:
-        return None
-    lock = os.open(run_folder, os.O_RDONLY)
+def take_lock(descriptor):
+    """Lock an open file or folder until it is closed. Returns False if another process holds it."""
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(lock)
-        fail(f"{run_folder} is being trained in by another process, expected a run that has stopped")
+        return False
     except OSError:  # a file system without locks
         pass
-    return lock
+    return True
+
+
+def lock_run_folder(run_folder):
+    """Lock the folder, and fail if another process trains in it. Returns a descriptor: closing it ends the lock."""
+    if fcntl is None:
+        return None
+    descriptor = os.open(run_folder, os.O_RDONLY)
+    if not take_lock(descriptor):
+        os.close(descriptor)
+        fail(f"{run_folder} is being trained in by another process, expected a run that has stopped")
+    return descriptor
 
 
 def wait_for_new_name(run_folder):
@@ -89,7 +97,7 @@ def wait_for_new_name(run_folder):
     time.sleep(min(max(max((int(parts[3]) for parts in names), default=0) + 1 - time.time(), 0), 1))
 
 
-def start_tracking(args, run_folder):
+def start_tracking(run_folder, resumed, config):
     """Send all of TensorBoard's entries to Weights & Biases too. Call this before making the writer."""
     name = os.path.basename(os.path.abspath(run_folder))
     project = os.environ.get("WANDB_PROJECT", "kaleidoscope-mamujoco")
@@ -97,10 +105,9 @@ def start_tracking(args, run_folder):
     try:
         import wandb
 
-        config = dataclasses.asdict(args) | identity(type(args))
         wandb.init(**settings, dir=run_folder, sync_tensorboard=True, save_code=True, config=config)
     except Exception as error:  # it is not installed, or there is no login
-        if args.resume is None:
+        if not resumed:
             shutil.rmtree(run_folder, ignore_errors=True)
         fail(f"--track: {error}; expected Weights & Biases (pip install wandb) and a login, or WANDB_MODE=offline")
 
@@ -158,7 +165,7 @@ def log_evaluation(writer, returns, lengths, global_step):
     """Log mean and standard deviation of returns (E,), and the mean of lengths (E,). Returns the first two as text."""
     for name, value in (("return", returns.mean()), ("return_std", returns.std()), ("length", lengths.mean())):
         writer.add_scalar(f"charts/eval_{name}", value, global_step)
-    return f"{returns.mean():.1f}+-{returns.std():.1f}"
+    return f"{returns.mean():.1f} +- {returns.std():.1f}"
 
 
 def log_scalars(writer, logs, charts, global_step):
@@ -174,7 +181,7 @@ def reached(interval, previous_step, step):
 
 def print_outcome(run_folder, args, status):
     """Print what a finished run leaves behind and how to go on. status: "eval", the last return as text, if any."""
-    script = os.path.basename(sys.modules[type(args).__module__].__file__)
+    script = identity(type(args))["script"]
     films = sorted(glob.glob(os.path.join(glob.escape(run_folder), "*.gif")), key=os.path.getmtime)
     lines = [("return", f"{status.get('eval')} in {args.eval_episodes} episodes")] * ("eval" in status)
     lines += [("curves", f"tensorboard --logdir {run_folder}")]

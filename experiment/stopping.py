@@ -12,6 +12,8 @@ from experiment.command_line import fail, warn
 class StopSignals:
     """Keeps the first SIGINT or SIGTERM in `received`: an evaluation then ends early, the loop after its round."""
 
+    afterwards = ""  # how to continue the run, which open_run knows
+
     def __init__(self):
         self.received = None
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -22,7 +24,8 @@ class StopSignals:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.received = number
-        warn(f"{signal.Signals(number).name}: stopping after this round; a second signal stops at once")
+        now = "stopping after this round; a second signal stops at once"
+        warn(f"{signal.Signals(number).name}: {now}{self.afterwards}")
 
     def exit(self):
         """Exit with the signal's code, 130 or 143. If only another process got a signal, exit with 143."""

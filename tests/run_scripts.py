@@ -118,8 +118,3 @@ def write_run(folder, curves, hyperparameters=None, purge_step=None):
     (new,) = folder.glob("*.new")
     new.rename(folder / f"events.out.tfevents.{number:010d}.name")
     return folder
-
-
-def clear(err):
-    """Whether a message is one line of ours, or tyro's box."""
-    return len(err.splitlines()) == 1 and err.startswith("error: ") or ("----" in err and "Traceback" not in err)

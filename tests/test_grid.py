@@ -12,10 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
-from run_scripts import clear, write_run
+from run_scripts import one_line, write_run
 
 from experiment.code_identity import identity
-from tools import grid
+from experiment.run_folder import lock_run_folder
+from tools import figures, grid
 
 ROOT = Path(grid.__file__).resolve().parent.parent
 TAG = "charts/eval_return"
@@ -161,7 +162,11 @@ def test_what_is_finished_is_skipped_and_what_is_not_is_resumed(run_grid, in_fol
     code, out, err = run_grid("--env-ids", "A", "--seeds", *range(1, 9), "--variants", "x=", "--workers", 4)
     assert code == 1 and not err
     assert "A__x__1: finished before, in runs/A__x__1__5\n" in out
-    assert "A__x__3: starts anew, runs/A__x__3__7 has no checkpoint, see" in out
+    left = "without a checkpoint, is now in runs/abandoned, see"
+    assert f"A__x__2: resumes runs/A__x__2__5; runs/A__x__2__6, {left}" in out
+    assert f"A__x__3: starts anew; runs/A__x__3__7, {left}" in out
+    assert {path.name for path in runs.glob("abandoned/*")} == {"A__x__2__6", "A__x__3__7"}
+    assert {path.name for path in runs.glob("*__[23]__*")} == {"A__x__2__4", "A__x__2__5"}
     assert "A__x__4: runs/A__x__4__5 was made with --lr 0.1, expected 0.5" in out
     assert "A__x__5: runs/A__x__5__5 was made with --lr 0.1, expected 0.5" in out
     resumed = {seed: resume for _, _, seed, _, resume in calls(in_folder)}
@@ -171,6 +176,26 @@ def test_what_is_finished_is_skipped_and_what_is_not_is_resumed(run_grid, in_fol
 
     code, out, _ = run_grid("--env-ids", "A", "--seeds", 6, "--variants", "x=", "--checkpoint-interval", 0)
     assert code == 0 and "finished before" in out, "without checkpoints, the last evaluation comes last"
+
+
+def test_figures_of_a_grid_that_was_killed_and_restarted_find_each_run_once(run_grid, in_folder):
+    write_run(in_folder / "runs" / "A__x__1__5", {TAG: {50: 0}}, DEFAULTS)  # killed, without a checkpoint
+    assert run_grid("--env-ids", "A", "--seeds", 1, "--variants", "x=")[0] == 0
+    write_run(in_folder / "runs" / "A__x__1__9", {TAG: {100: 7}}, DEFAULTS)  # by the run that the grid has started
+    options = figures.Options(runs=("x=runs/*__*",), out=Path("figure"))
+    (run,) = figures.read_runs(options)
+    assert run.folder.name == "A__x__1__9" and run.curve == {100: 7}
+    assert [path.name for path in Path("runs/abandoned").iterdir()] == ["A__x__1__5"], "it is kept"
+
+
+def test_a_run_that_trains_before_its_first_checkpoint_is_left_alone(run_grid, in_folder):
+    folder = write_run(in_folder / "runs" / "A__x__1__5", {TAG: {50: 0}}, DEFAULTS)
+    lock = lock_run_folder(str(folder))  # as another process that trains there
+    code, out, _ = run_grid("--env-ids", "A", "--seeds", 1, "--variants", "x=")
+    assert code == 1 and "another process trains in runs/A__x__1__5" in out and folder.is_dir() and not calls(in_folder)
+    os.close(lock)
+    code, out, _ = run_grid("--env-ids", "A", "--seeds", 1, "--variants", "x=", "--dry-run")
+    assert code == 0 and folder.is_dir(), "a dry run moves nothing"
 
 
 @pytest.mark.parametrize("checkpoint", [True, False], ids=["checkpoint", "no checkpoint"])
@@ -191,6 +216,7 @@ def test_a_run_without_its_only_evaluation_is_not_finished(episodes, checkpoint,
     [
         ("total_timesteps", 200, "was made with --total-timesteps 200, expected 100"),
         ("total_timesteps", 50, "resumes"),
+        ("total_timesteps", 50, "was made with --total-timesteps 50, expected 100"),  # without a checkpoint
         ("eval_interval", 7, "was made with --eval-interval 7, expected 50"),
         ("eval_episodes", 5, "was made with --eval-episodes 5, expected 40"),
         ("log_interval", 7, "finished before"),
@@ -202,9 +228,10 @@ def test_a_finished_run_whose_curve_was_made_otherwise_does_not_pass_for_the_one
     """A longer run has other resets, and its end is the mean of other evaluations. A shorter one can go on."""
     curves = {TAG: {50: 0, min(100, made if flag == "total_timesteps" else 100): 0}}
     folder = write_run(in_folder / "runs" / "A__x__1__5", curves, DEFAULTS | {flag: made})
-    (folder / "checkpoint.pt").touch()
+    if (made, message[:3]) != (50, "was"):
+        (folder / "checkpoint.pt").touch()
     code, out, _ = run_grid("--env-ids", "A", "--seeds", 1, "--variants", "x=")
-    assert message in out and code == ("was made" in message), out
+    assert message in out and code == ("was made" in message) and folder.exists(), out
 
 
 OTHER_CODE = {  # what a run says of its code, the grid's message, and what it does with --accept-other-code
@@ -342,9 +369,9 @@ GRID_MISTAKES = {
     "": "--env-ids is ()",
     "--env-ids A A": "--env-ids is ('A', 'A')",
     "--env-ids A --seeds": "--seeds is ()",
-    "--env-ids A --seeds one": "one",
+    "--env-ids A --seeds 1 one": "--seeds is '1 one', expected an integer",
     "--env-ids A --workers 0": "--workers is 0",
-    "--env-ids A --worker 2": "--worker",
+    "--env-ids A --worker 2": "--worker is no flag of this script, expected --workers (see --help)",
     "--env-ids A --variants full": "'full' is one of them",
     "--env-ids A --variants full= full=--lr": "'full=--lr' is one of them",
     "--env-ids A --variants x:1= x_1=": "'x:1' and 'x_1' have the same folders A__x_1__1__*",
@@ -364,7 +391,7 @@ def test_mistakes_in_a_grid_end_with_a_clear_message_before_anything_starts(argu
     defaults = [] if "--variants" in arguments else ["--variants", "x="]
     flags, dashes, more = arguments.partition("--" if arguments.startswith("-- ") else " -- ")
     code, out, err = run_grid(*flags.split(), *defaults, *dashes.split(), *more.split())
-    assert code == 2 and clear(err) and GRID_MISTAKES[arguments] in err and not out, err
+    assert code == 2 and one_line(err) and GRID_MISTAKES[arguments] in err and not out, err
     assert not calls(in_folder)
 
 

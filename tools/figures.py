@@ -47,7 +47,7 @@ import matplotlib.pyplot as plt  # noqa: E402, the backend must be chosen first
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from experiment.checkpoints import MAY_CHANGE  # noqa: E402
-from experiment.command_line import fail, require, warn  # noqa: E402
+from experiment.command_line import check_flag_names, fail, require, warn  # noqa: E402
 from tools.grid import RUN_NAME, read_events  # noqa: E402
 
 ARMS = {  # --sharing, or the end of a folder's mappo_... or matd3_...: (name, colour, line), the same in all figures
@@ -447,7 +447,7 @@ def check(options):
 
 
 def main():
-    options = tyro.cli(Options)
+    options = tyro.cli(Options, args=check_flag_names(None, Options))
     check(options)
     runs = read_runs(options)
     tasks, variants = list(dict.fromkeys(run.task for run in runs)), in_order(run.variant for run in runs)

@@ -8,7 +8,8 @@
 Flags after `--` go to all runs. A run's --exp-name is the name of its variant, so its folder is
 runs/{env_id}__{variant}__{seed}__{time}. Its output goes to runs/grid_logs. Give the same command again, and the grid
 continues: it skips a run that has logged its last checkpoint (without checkpoints, its last evaluation), resumes a run
-that has a checkpoint, and starts all others anew. It neither skips nor resumes a run that was made with other flags, by
+that has a checkpoint, and starts all others anew. Unfinished runs without a checkpoint go to runs/abandoned, so that
+figures.py and judge.py find each run once. The grid neither skips nor resumes a run that was made with other flags, by
 another script or before the code changed: such a run counts as failed. --accept-other-code accepts changed code.
 
 Ctrl-C or SIGTERM goes on to the runs: they write checkpoints and end. A second one stops them at once. Exit code: 1 if
@@ -16,7 +17,6 @@ a run failed, 130 or 143 after a signal, 2 for a wrong flag, before anything sta
 """
 
 import dataclasses
-import fcntl
 import importlib
 import logging
 import os
@@ -36,11 +36,12 @@ sys.path.insert(0, str(ROOT))
 
 from experiment.checkpoints import MAY_CHANGE  # noqa: E402
 from experiment.code_identity import compare  # noqa: E402
-from experiment.command_line import fail, require  # noqa: E402
-from experiment.run_folder import run_name  # noqa: E402
+from experiment.command_line import check_flag_names, fail, require  # noqa: E402
+from experiment.run_folder import run_name, take_lock  # noqa: E402
 
 RUN_NAME = re.compile(r"(?P<env_id>.+?)__(?P<exp_name>.+)__(?P<seed>\d+)__(?P<time>\d+)")
 LOGS = Path("runs", "grid_logs")
+ABANDONED = Path("runs", "abandoned")
 MAY_DIFFER = {"exp_name", *MAY_CHANGE}  # between a run and the same one resumed
 MAKE_THE_CURVE = {"total_timesteps", "eval_interval", "eval_episodes"}  # a finished run must have these as well
 logging.getLogger("tensorboard").setLevel(logging.ERROR)  # TensorBoard warns about every resumed run
@@ -172,42 +173,62 @@ def make_jobs(options, common_flags):
     return jobs
 
 
-def is_finished(hyperparameters, scalars, args):
-    """Whether a run has logged its last checkpoint and its last evaluation, if it makes them, or any last step."""
+def is_finished(hyperparameters, scalars, args, steps):
+    """Whether a run has logged its last checkpoint and evaluation, if it makes them, or any last step, at `steps`."""
     last = [tag for tag in ("charts/checkpoint_seconds",) if args.checkpoint_interval > 0 and tag in scalars]
     # a run whose only evaluation was ended early has no curve of evaluations yet
     last += ["charts/eval_return"] if hyperparameters.get("eval_episodes") != "0" else []
     test, curves = (all, [scalars.get(tag, {}) for tag in last]) if last else (any, scalars.values())
-    return test(max(curve, default=0) >= args.total_timesteps for curve in curves)
+    return test(max(curve, default=0) >= steps for curve in curves)
 
 
 def look_up(job, accept_other_code):
-    """(action, folder, message), where the action is "skip", "resume", "start" or "refuse"."""
+    """(action, folder, message, abandoned folders), where the action is "skip", "resume", "start" or "refuse".
+
+    A folder is abandoned if its run is not finished, has no checkpoint, and no process trains in it.
+    """
     found = [path for path in Path("runs").glob(f"{job.name}__*") if path.name.rpartition("__")[0] == job.name]
     found = [path for path in found if RUN_NAME.fullmatch(path.name)]
-    resumable, advice = None, "rename the variant or move the folder away"
+    runs, resumable, abandoned, advice = [], None, [], "rename the variant or move the folder away"
     for folder in sorted(found, key=lambda path: int(path.name.rpartition("__")[2]), reverse=True):  # the newest first
         hyperparameters, scalars = read_events(folder)
-        finished = is_finished(hyperparameters, scalars, job.args)
-        if not finished and not (folder / "checkpoint.pt").exists():
-            continue
+        asked, resumes = job.args.total_timesteps, (folder / "checkpoint.pt").exists()
+        # a run that cannot go on is finished where it meant to end
+        steps = asked if resumes else min(asked, int(hyperparameters.get("total_timesteps", asked)))
+        finished = is_finished(hyperparameters, scalars, job.args, steps)
+        if finished or resumes:
+            runs.append((folder, hyperparameters, finished))
+        elif is_held(folder):
+            return "refuse", None, f"another process trains in {folder}", []
+        else:
+            abandoned.append(folder)
+    for folder, hyperparameters, finished in runs:
         another_script, difference = compare(hyperparameters, type(job.args))
         if another_script:
-            return "refuse", None, f"{folder} {difference}: {advice}"
+            return "refuse", None, f"{folder} {difference}: {advice}", []
         for name, value in dataclasses.asdict(job.args).items():
             before = hyperparameters.get(name, str(value))  # older code may lack this flag
             if before != str(value) and name not in (MAY_DIFFER - MAKE_THE_CURVE if finished else MAY_DIFFER):
                 flag = f"--{name.replace('_', '-')}"
-                return "refuse", None, f"{folder} was made with {flag} {before}, expected {value}: {advice}"
+                return "refuse", None, f"{folder} was made with {flag} {before}, expected {value}: {advice}", []
         if difference and not accept_other_code:
-            return "refuse", None, f"{folder} {difference}: {advice}, or accept it with --accept-other-code"
+            return "refuse", None, f"{folder} {difference}: {advice}, or accept it with --accept-other-code", []
         note = f"{folder}, which {difference}" if difference else folder
         if finished:
-            return "skip", folder, f"finished before, in {note}"
+            return "skip", folder, f"finished before, in {note}", abandoned
         resumable = resumable or (folder, note)
     if resumable:
-        return "resume", resumable[0], f"resumes {resumable[1]}"
-    return "start", None, f"starts anew, {max(found)} has no checkpoint" if found else "starts"
+        return "resume", resumable[0], f"resumes {resumable[1]}", abandoned
+    return "start", None, "starts anew" if abandoned else "starts", abandoned
+
+
+def is_held(folder):
+    """Whether another process trains in a run's folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        return not take_lock(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def make_command(job, options, action, folder):
@@ -216,23 +237,25 @@ def make_command(job, options, action, folder):
 
 
 def claim(job, accept_other_code):
-    """(log, *look_up's answer): a file descriptor, locked while the grid or the run holds it.
+    """(log, action, folder, message): a descriptor, locked while the grid or the run holds it, and look_up's answer.
 
-    If it cannot be opened, or another process holds it: (None, "refuse", None, the reason).
+    Moves abandoned folders away, so that figures find one run. If the log cannot be opened, or another process holds
+    it: (None, "refuse", None, the reason).
     """
     try:
         LOGS.mkdir(parents=True, exist_ok=True)
         log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        if not take_lock(log):
+            os.close(log)
+            return None, "refuse", None, f"runs already, see {job.log}"
+        action, folder, message, abandoned = look_up(job, accept_other_code)
+        for left in abandoned:
+            ABANDONED.mkdir(exist_ok=True)
+            left.rename(ABANDONED / left.name)
+            message += f"; {left}, without a checkpoint, is now in {ABANDONED}"
     except OSError as error:
         return None, "refuse", None, f"{error.filename}: {error.strerror}"
-    try:
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(log)
-        return None, "refuse", None, f"runs already, see {job.log}"
-    except OSError:  # a file system without locks
-        pass
-    return log, *look_up(job, accept_other_code)
+    return log, action, folder, message
 
 
 def print_array_job(options, argv, num_jobs):
@@ -308,13 +331,13 @@ def last_line(path):
 def main():
     argv = sys.argv[1:]
     end = argv.index("--") if "--" in argv else len(argv)
-    options = tyro.cli(Options, args=argv[:end])
+    options = tyro.cli(Options, args=check_flag_names(argv[:end], Options))
     jobs = make_jobs(options, argv[end + 1 :])
     if options.slurm:
         print_array_job(options, argv, len(jobs))
     elif options.dry_run:
         for job in jobs:
-            action, folder, what = look_up(job, options.accept_other_code)
+            action, folder, what, _ = look_up(job, options.accept_other_code)
             command = make_command(job, options, action, folder)
             print(f"# {job.name}: {what}" if action in ("skip", "refuse") else shlex.join(command))
     elif options.only is not None:

@@ -37,7 +37,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from experiment.command_line import fail, require, warn  # noqa: E402
+from experiment.command_line import check_flag_names, fail, require, warn  # noqa: E402
 from tools.figures import bootstrap, number, read_runs, write_csv  # noqa: E402
 
 METRES = "charts/eval_metres"
@@ -295,7 +295,7 @@ def write_results(tasks, pairs, out):
 
 
 def main():
-    options = tyro.cli(Options)
+    options = tyro.cli(Options, args=check_flag_names(None, Options))
     tasks = {}  # {task: {arm: results}}
     for run in read_runs(options):
         tasks.setdefault(run.task, {}).setdefault(run.variant, []).append(judge_run(run, options.reach))

@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from experiment.agent_colours import agent_colour  # noqa: E402
 from experiment.checkpoints import refuse_damage  # noqa: E402
 from experiment.code_identity import check_identity  # noqa: E402
-from experiment.command_line import fail, require  # noqa: E402
-from experiment.mask_pictures import difference_matrix, draw, kept_by, masks_act, new_figure  # noqa: E402
+from experiment.command_line import check_flag_names, fail, require  # noqa: E402
+from experiment.mask_pictures import draw, kept_by, mask_difference, masks_act, new_figure, sparsity  # noqa: E402
 from experiment.saved_models import EXPECTED, read_model  # noqa: E402
 from tools.one_mask import script_of  # noqa: E402
 
@@ -75,9 +75,8 @@ def table_rows(name, network):
     """One row of text cells per layer."""
     for i, layer in enumerate(network.layers, start=1):
         masks, outputs, inputs = layer.thresholds.shape
-        masked = 1 - layer.masks().float().mean()
-        different = difference_matrix(layer).sum() / max(masks * (masks - 1), 1)
-        shares = (masked, different, *kept_by(layer)[[0, -1]])
+        alone = SimpleNamespace(layers=[layer])
+        shares = (*sparsity(alone), mask_difference(alone), *kept_by(layer)[[0, -1]])
         yield [name, str(i), str(masks), f"{outputs}x{inputs}", *(f"{100 * share:.2f}" for share in shares)]
 
 
@@ -134,7 +133,7 @@ def draw_weights(network, name):
 
 
 def main():
-    options = tyro.cli(Options)
+    options = tyro.cli(Options, args=check_flag_names(None, Options))
     require(1 <= options.scale <= 10, f"--scale is {options.scale}, expected an integer from 1 to 10")
     networks = read_networks(options.model, options.script)
     masked = {name: network for name, network in networks.items() if masks_act(network)}

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from experiment.checkpoints import refuse_damage  # noqa: E402
 from experiment.code_identity import ROOT  # noqa: E402
-from experiment.command_line import require  # noqa: E402
+from experiment.command_line import check_flag_names, require  # noqa: E402
 from experiment.mask_pictures import masks_act  # noqa: E402
 from experiment.saved_models import EXPECTED, load_actor, read_model  # noqa: E402
 
@@ -59,7 +59,7 @@ def put_on(actor, thresholds, agent):
 
 
 def main():
-    options = tyro.cli(Options)
+    options = tyro.cli(Options, args=check_flag_names(None, Options))
     for name in ("eval_episodes", "num_threads"):
         value = getattr(options, name)
         require(value >= 1, f"--{name.replace('_', '-')} is {value}, expected at least 1")

@@ -25,7 +25,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from experiment.command_line import fail, require  # noqa: E402
+from experiment.command_line import check_flag_names, fail, require  # noqa: E402
 from tools.grid import read_events  # noqa: E402
 
 LARGE = ("image", "histo", "audio")
@@ -104,7 +104,7 @@ def copy_run(sources, target, means):
 
 
 def main():
-    options = tyro.cli(Options)
+    options = tyro.cli(Options, args=check_flag_names(None, Options))
     require(len(options.runs) > 0, "--runs is empty, expected folders of runs")
     require(options.out is not None, "--out is not given, expected a folder")
     copies = {}  # {target: (run, event files)}; look at all runs before writing anything
