@@ -117,7 +117,9 @@ def check_flag_names(argv, args_class):
             if flag in flags:
                 fail(f"{word} {f'is {values!r}' if values else 'has no value'}, expected {in_words(flags[flag])}")
             names = elsewhere.get(flag.removeprefix("--no-").removeprefix("--"), [])
-            near = sorted(flags.keys() & names) or difflib.get_close_matches(flag, flags, 1) or ["another one"]
+            known = {each.removeprefix("--"): each for each in flags}
+            close = [known[each] for each in difflib.get_close_matches(flag.removeprefix("--"), known, 1)]
+            near = sorted(flags.keys() & names) or close or ["another one"]
             fail(f"{word} is no flag of this script, expected {' or '.join(near)} (see --help)")
     return argv
 
@@ -151,7 +153,8 @@ def check_help(argv, args_class):
             for other in set(re.findall(r"\w+_\w+", text)) & defaults.keys():
                 text = text.replace(other, f"--{other.replace('_', '-')}")
             end = "" if default is None else f" [{default}]"
-            print(textwrap.fill(f"{text}{end}", 116, initial_indent=f"  {start:<38} ", subsequent_indent=" " * 41))
+            indents = dict(initial_indent=f"  {start:<38} ", subsequent_indent=" " * 41)
+            print(textwrap.fill(f"{text}{end}", 116, break_on_hyphens=False, **indents))
     names = [name.replace("_", "-") for name in module.TUNED_FLAGS]
     print(f"\ntuned values of --{', --'.join(names)}, by task:")
     for task, values in {**module.TUNED, "other tasks": module.UNTUNED}.items():

@@ -17,7 +17,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from experiment.command_line import require  # noqa: E402
+from experiment.command_line import check_flag_names, require  # noqa: E402
 from experiment.saved_models import load_actor  # noqa: E402
 from tools.one_mask import script_of  # noqa: E402
 
@@ -57,7 +57,7 @@ class Measured:
 
 
 def main():
-    options = tyro.cli(Options)
+    options = tyro.cli(Options, args=check_flag_names(None, Options))
     for name in ("eval_episodes", "num_threads"):
         value = getattr(options, name)
         require(value >= 1, f"--{name.replace('_', '-')} is {value}, expected at least 1")
