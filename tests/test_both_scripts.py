@@ -1,6 +1,7 @@
 """What both scripts do alike: the same seed gives the same run, models load or are refused, agents see a part."""
 
 import itertools
+import os
 import sys
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ import kalei_mappo_mamujoco as mappo
 import kalei_matd3_mamujoco as matd3
 from experiment import checkpoints, saved_models
 from experiment.code_identity import identity
+from experiment.run_folder import print_outcome
 
 TINY = {matd3: TINY_MATD3.split(), mappo: TINY_MAPPO.split()}
 each_script = pytest.mark.parametrize("script", [matd3, mappo], ids=["matd3", "mappo"])
@@ -118,3 +120,52 @@ def test_partial_observations_train_resume_and_evaluate(script, tmp_path):
     assert code == 0 and out.startswith("HalfCheetah-v5-6x1: return "), err
     code, out, err = run_main(script, "--resume", folder, "--agent-obsk", 2, "--total-timesteps", 800, cwd=tmp_path)
     assert code == 2 and one_line(err) and "--agent-obsk is 2, expected 1" in err
+
+
+@each_script
+def test_networks_see_what_the_scripts_functions_make_of_a_state(script, monkeypatch):
+    """A copy may bring its own functions, such as ones that leave a state of one number as it is."""
+
+    def observe(state, num_agents, columns=None):
+        return (state + 2)[..., None, :].expand(*state.shape[:-1], num_agents, 1 + num_agents)
+
+    monkeypatch.setattr(script, "critic_state", lambda state: state + 1)
+    monkeypatch.setattr(script, "agent_observations", observe)
+    cpu, zeros, no = torch.device("cpu"), np.zeros((4, 3, 2)), np.zeros(4, bool)
+    steps = [(np.full((4, 1), 5.0), zeros, np.zeros(4), np.full((4, 1), 7.0), no, no)] * 6
+    if script is matd3:
+        replay = script.Replay(6, 4, 1, (3, 2), 2, 0.9, cpu)
+        replay.add(steps)
+        batch = replay.sample(20)
+        assert (batch.next_state == 8).all() and (batch.next_obs == 9).all()
+    else:
+        high, seen = np.ones((3, 2), np.float32), []
+        learner = script.Learner(1, -high, high, script.parse_args(["--hidden-size", "16"])[0], cpu)
+        learner.critic.register_forward_pre_hook(lambda critic, inputs: seen.append(inputs[0]))
+        rollout = script.Rollout(6, 4, 1, (3, 2), cpu)
+        rollout.store(steps)
+        batch, _ = learner.prepare(rollout)
+        assert seen[0].flatten().tolist() == [6.0] * 24 + [8.0] * 24
+    assert (batch.state == 6).all() and (batch.obs == 7).all()
+
+
+@each_script
+def test_a_run_closes_its_environments_and_those_of_its_evaluations(script, tmp_path, monkeypatch):
+    made, make_env = [], script.make_env
+    monkeypatch.setattr(script, "make_env", lambda *arguments: made.append(make_env(*arguments)) or made[-1])
+    code, _, err = run_main(script, "--env-id", "Hopper-v2-3x1", *TINY[script], cwd=tmp_path, block=1)
+    assert code == 143, err
+    assert [(envs.num_envs, envs.closed) for envs in made] == [(4, True), (3, True)]
+
+
+@each_script
+def test_a_finished_run_says_what_it_leaves_and_how_to_go_on(script, tmp_path, capsys):
+    print_outcome(tmp_path, script.Args(), {})
+    for time, step in enumerate((900, 1000)):  # by name, the film of step 900 comes last
+        (tmp_path / f"evaluation_{step}.gif").touch()
+        os.utime(tmp_path / f"evaluation_{step}.gif", (time, time))
+    print_outcome(tmp_path, script.Args(save_model=True, eval_episodes=3), {"eval": "1.0+-2.0"})
+    curves = f"  curves: tensorboard --logdir {tmp_path}"
+    expected = [curves, "  return: 1.0+-2.0 in 3 episodes", curves, f"    film: {tmp_path}/evaluation_1000.gif"]
+    expected += [f"evaluate: python {script.__name__}.py --evaluate {tmp_path}"]
+    assert capsys.readouterr().out.splitlines() == expected

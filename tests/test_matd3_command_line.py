@@ -178,6 +178,7 @@ MISTAKES_MAPPO = {
     "--gamma 1.5": "--gamma is 1.5, expected from 0 to 1",
     "--gae-lambda -0.5": "--gae-lambda is -0.5",
     "--lr nan": "--lr is nan, expected at least 0",
+    "--sharing none --log-std shared": "--log-std is shared, expected agent beside --sharing none",
     "--clip 0": "--clip is 0.0, expected more than 0",
     "--output-gain 0": "--output-gain is 0.0, expected more than 0",
     "--threshold-eps 0": "--threshold-eps is 0.0, expected more than 0",
