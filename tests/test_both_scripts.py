@@ -169,3 +169,76 @@ def test_a_finished_run_says_what_it_leaves_and_how_to_go_on(script, tmp_path, c
     expected = [curves, "  return: 1.0+-2.0 in 3 episodes", curves, f"    film: {tmp_path}/evaluation_1000.gif"]
     expected += [f"evaluate: python {script.__name__}.py --evaluate {tmp_path}"]
     assert capsys.readouterr().out.splitlines() == expected
+
+
+def stored_by(script, monkeypatch):
+    """A list to which a run adds (state, actions, reward, next_state, terminated, truncated) of all steps it stores."""
+    stored, (owner, name) = [], (script.Replay, "add") if script is matd3 else (script.Rollout, "store")
+    own = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda store, steps: stored.extend(steps) or own(store, steps))
+    return stored
+
+
+@each_script
+def test_a_step_is_stored_with_what_it_led_to_and_the_next_begins_after_the_reset(script, tmp_path, monkeypatch):
+    stored = stored_by(script, monkeypatch)
+    code, _, err = run_main(script, "--env-id", "Hopper-v2-3x1", *TINY[script], "--eval-episodes", 0, cwd=tmp_path)
+    assert code == 0, err
+
+    def starts(states):
+        return np.abs(states - [1.25, *[0] * 10]).max(1) <= 5e-3  # upright, as after a reset
+
+    for (_, _, _, next_state, terminated, truncated), (state, *_) in itertools.pairwise(stored):
+        ended = terminated | truncated
+        assert np.array_equal(state[~ended], next_state[~ended])
+        assert starts(state[ended]).all() and not starts(next_state[ended]).any()
+    assert all(sum(step[kind].sum() for step in stored) > 2 for kind in (4, 5)), "both kinds of ends"
+
+
+# Humanoid's bounds are +-0.4, and the second agent's last action is padding
+HUMANOID = ["--env-id", "Humanoid-v2-9|8"]
+
+
+@pytest.mark.parametrize("noise", [0.1, 9.0])
+def test_matd3_explores_within_the_bounds(noise, tmp_path, monkeypatch):
+    """By an actor that always chooses the middle."""
+    stored = stored_by(matd3, monkeypatch)
+    monkeypatch.setattr(matd3.Actor, "act", lambda actor, obs, effective: actor.centre.expand(len(obs), -1, -1))
+    flags = [*HUMANOID, *TINY[matd3], "--exploration-noise", noise]
+    code, _, err = run_main(matd3, *flags, "--eval-episodes", 0, cwd=tmp_path)
+    assert code == 0, err
+    actions = np.stack([step[1] for step in stored]).reshape(-1, 18)
+    assert not actions[:, 17].any()
+    warm_up, later = actions[:200, :17], actions[200:, :17]
+    assert np.abs(actions).max() <= np.float32(0.4)
+    assert abs(warm_up.mean()) < 0.02 and warm_up.std() == pytest.approx(0.4 / 3**0.5, rel=0.05), "uniform"
+    if noise < 1:
+        assert abs(later.mean()) < 0.004 and later.std() == pytest.approx(0.4 * noise, rel=0.05)
+    else:
+        assert (later == np.float32(0.4)).mean() > 0.4 and (later == np.float32(-0.4)).mean() > 0.4
+
+
+def test_mappo_stores_its_policys_actions_and_sends_them_within_the_bounds(tmp_path, monkeypatch):
+    stored, sent, make_env = stored_by(mappo, monkeypatch), [], mappo.make_env
+
+    def make(*arguments):
+        envs = make_env(*arguments)
+        step = envs.step
+        envs.step = lambda actions: sent.append(actions) or step(actions)
+        return envs
+
+    monkeypatch.setattr(mappo, "make_env", make)
+    code, _, err = run_main(mappo, *HUMANOID, *TINY[mappo], "--eval-episodes", 0, cwd=tmp_path)
+    assert code == 0, err
+    drawn, bounds = np.stack([step[1] for step in stored]), np.full((2, 9), 0.4, np.float32)
+    bounds[1, 8] = 0
+    assert np.abs(drawn).max() > 1 and np.allclose(sent, np.clip(drawn, -1, 1) * bounds)
+
+
+def test_every_policy_freqth_update_is_one_of_the_policies_too(tmp_path, monkeypatch):
+    seen, update = [], matd3.Learner.update
+    monkeypatch.setattr(matd3.Learner, "update", lambda *args: seen.append(args[2]) or update(*args))
+    flags = ["--env-id", "Hopper-v2-3x1", *TINY[matd3], "--policy-freq", 3, "--eval-episodes", 0]
+    code, _, err = run_main(matd3, *flags, cwd=tmp_path)
+    assert code == 0, err
+    assert seen == [number % 3 == 0 for number in range(1, 45)]
