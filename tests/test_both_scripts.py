@@ -150,12 +150,17 @@ def test_networks_see_what_the_scripts_functions_make_of_a_state(script, monkeyp
 
 
 @each_script
-def test_a_run_closes_its_environments_and_those_of_its_evaluations(script, tmp_path, monkeypatch):
+def test_a_run_seeds_and_closes_its_environments_and_those_of_its_evaluations(script, tmp_path, monkeypatch):
     made, make_env = [], script.make_env
-    monkeypatch.setattr(script, "make_env", lambda *arguments: made.append(make_env(*arguments)) or made[-1])
-    code, _, err = run_main(script, "--env-id", "Hopper-v2-3x1", *TINY[script], cwd=tmp_path, block=1)
+
+    def make(args, seed, num_envs):
+        made.append((seed, make_env(args, seed, num_envs)))
+        return made[-1][1]
+
+    monkeypatch.setattr(script, "make_env", make)
+    code, _, err = run_main(script, "--env-id", "Hopper-v2-3x1", *TINY[script], "--seed", 5, cwd=tmp_path, block=1)
     assert code == 143, err
-    assert [(envs.num_envs, envs.closed) for envs in made] == [(4, True), (3, True)]
+    assert [(seed, envs.num_envs, envs.closed) for seed, envs in made] == [(5, 4, True), (5, 3, True)]
 
 
 @each_script

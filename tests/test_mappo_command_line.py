@@ -110,6 +110,18 @@ def test_learning_rates_fall_where_they_are_to_fall(schedule, tmp_path):
     assert tags["charts/policy_std"][0][1] == pytest.approx(0.5 / (1 + math.exp(-1)), rel=0.02), "as at the start"
 
 
+def test_pytorch_has_one_thread_while_it_acts_and_all_while_it_learns(tmp_path, monkeypatch):
+    used = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    monkeypatch.setattr(script, "log_episodes", lambda *args: used.append("act"))
+    update = script.Learner.update
+    monkeypatch.setattr(script.Learner, "update", lambda *args: used.append("learn") or update(*args))
+    code, _, err = run_main(script, "--env-id", "Hopper-v2-3x1", *TINY, "--eval-episodes", 0, cwd=tmp_path, block=2)
+    assert code == 143, err
+    assert used == [1, *["act"] * 10, 3, "learn"] * 2
+
+
 def make_learner(**changes):
     args = script.parse_args([])[0], np.ones((3, 2), np.float32)
     for name, value in (dict(hidden_size=16) | changes).items():
@@ -118,8 +130,9 @@ def make_learner(**changes):
 
 
 def test_flags_win_over_tuned_values():
-    args = script.parse_args(["--env-id", "Walker2d-v2-2x3"])[0]
-    assert tuple(getattr(args, name) for name in script.TUNED_FLAGS) == (200, 5, 2, 0.05, 0.0, 1e-3, "linear")
+    for env_id in ("Walker2d-v2-2x3", "Walker2d-v5-2x3"):
+        args = script.parse_args(["--env-id", env_id])[0]
+        assert tuple(getattr(args, name) for name in script.TUNED_FLAGS) == (200, 5, 2, 0.05, 0.0, 1e-3, "linear")
     args = script.parse_args(["--env-id", "Walker2d-v2-2x3", "--clip", "0.3", "--lr-schedule", "constant"])[0]
     assert (args.clip, args.lr_schedule, args.num_minibatches) == (0.3, "constant", 2)
     args = script.parse_args(["--env-id", "Reacher-v2-2x1"])[0]
