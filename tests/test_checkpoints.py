@@ -456,6 +456,13 @@ def test_mistakes_in_changed_networks_keep_their_traceback(error, copied, monkey
             resume_or_evaluate(how, script, folder)
 
 
+def test_mistakes_in_a_changed_actors_constructor_keep_their_traceback(copied, monkeypatch):
+    script, folder = copied
+    monkeypatch.setattr(script.Actor, "__init__", lambda *arguments: np.zeros(3) + np.zeros(4))
+    with pytest.raises(ValueError, match="broadcast"):
+        resume_or_evaluate("model", script, folder)
+
+
 def test_networks_of_other_shapes_are_of_another_version(copied):
     script, folder = copied
     for how, network, prefix in (("checkpoint", "learner", "actor."), ("model", "actor", "")):
