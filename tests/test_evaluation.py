@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import run_scripts
@@ -13,6 +14,7 @@ from run_scripts import curves, environment, one_line, run_main, scalars
 
 import kalei_mappo_mamujoco as mappo
 import kalei_matd3_mamujoco as matd3
+from experiment.stopping import StopSignals
 
 TINY = "--device cpu --num-threads 1 --env-id Hopper-v2-3x1 --num-envs 4 --hidden-size 16 --eval-episodes 2"
 TINY += " --total-timesteps 160 --eval-interval 80 --checkpoint-interval 160 --log-interval 40 --episode-limit 30"
@@ -65,6 +67,15 @@ def test_an_evaluation_that_a_signal_ends_is_repeated_by_the_resumed_run(script,
     assert ours.keys() == theirs.keys()
     for tag, series in theirs.items():
         assert ours[tag] == series, tag
+
+
+@pytest.mark.parametrize(("received", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (None, 143)])
+def test_a_run_exits_with_the_code_of_its_signal(received, code):
+    """None: only another process got one."""
+    stop = SimpleNamespace(received=received)
+    with pytest.raises(SystemExit) as end:
+        StopSignals.exit(stop)
+    assert end.value.code == code
 
 
 LONG = "--env-id HumanoidStandup-v2-17x1 --device cpu --num-threads 1 --num-envs 4 --hidden-size 16"
