@@ -13,6 +13,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -456,6 +457,13 @@ def test_mistakes_in_changed_networks_keep_their_traceback(error, copied, monkey
             resume_or_evaluate(how, script, folder)
 
 
+def test_mistakes_in_a_changed_actors_constructor_keep_their_traceback(copied, monkeypatch):
+    script, folder = copied
+    monkeypatch.setattr(script.Actor, "__init__", lambda *arguments: np.zeros(3) + np.zeros(4))
+    with pytest.raises(ValueError, match="broadcast"):
+        resume_or_evaluate("model", script, folder)
+
+
 def test_networks_of_other_shapes_are_of_another_version(copied):
     script, folder = copied
     for how, network, prefix in (("checkpoint", "learner", "actor."), ("model", "actor", "")):
@@ -875,3 +883,25 @@ def test_what_diverges_long_before_the_next_entry_of_losses_stops_in_one_line_to
     (line,) = re.findall("error: .*", err)
     assert code == 1 and line.startswith("error: diverged: "), line
     assert_finite_at_320(folder)
+
+
+# ---- A GPU ----
+def test_the_random_state_of_a_gpu_goes_into_the_file_and_back(tmp_path, monkeypatch):
+    """PyTorch's two functions are replaced, and the learner only says that it is on a GPU."""
+    gpu, set_states = torch.device("cuda", 1), []
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.arange(16 + device.index, dtype=torch.uint8))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda *state_and_device: set_states.append(state_and_device))
+    args, high = matd3.parse_args(["--hidden-size", "8"])[0], np.ones((3, 1), np.float32)
+    envs = matd3.MaMuJoCoVecEnv("Hopper-v2-3x1", 2)
+    learner = matd3.Learner(envs.state_size, -high, high, args, torch.device("cpu"))
+    for written_on_gpu in (False, True):
+        with monkeypatch.context() as patch:
+            if written_on_gpu:
+                patch.setattr(learner, "parameters", lambda: iter([SimpleNamespace(device=gpu)]))
+            checkpoints.write_checkpoint(str(tmp_path), run_folder.NoWriter(), learner, envs, envs.reset()[0], (5, 0))
+            patch.setattr(learner, "parameters", lambda: iter([SimpleNamespace(device=gpu)]))
+            checkpoints.restore_checkpoint(checkpoints.read_checkpoint(str(tmp_path), matd3.Args), learner, envs)
+        assert len(set_states) == written_on_gpu, "a file that a CPU wrote has no such state"
+    ((state, device),) = set_states
+    assert state.tolist() == list(range(17)) and device == gpu
+    envs.close()

@@ -66,6 +66,13 @@ def test_only_what_decides_results_counts(digest):
     assert len({other["code"] for other in [own, *others]}) == 6
 
 
+def test_what_surrounds_a_run_does_not_count(digest, tmp_path):
+    own = digest()
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "checkpoints.py").write_text("FORMAT = 0")
+    assert digest() == own
+
+
 @pytest.mark.parametrize("statement", ["from toy_nets import layers", "from toy_nets.layers import Net"])
 def test_the_modules_of_a_package_count(statement, digest, tmp_path):
     package = tmp_path / "toy_nets"

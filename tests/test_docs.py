@@ -247,10 +247,6 @@ def test_tables_are_tables():
             assert " | " not in line or line.lstrip().startswith("|"), f"{page.name}: {line}"
 
 
-def test_the_readme_is_one_screen():
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
-
-
 # ---- Changes to a script ----
 def changed_copies():
     """(original, copy, its text) of every `cp` in docs/changing_a_script.md, with the diff that follows applied."""

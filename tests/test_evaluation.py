@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import run_scripts
@@ -13,6 +14,7 @@ from run_scripts import curves, environment, one_line, run_main, scalars
 
 import kalei_mappo_mamujoco as mappo
 import kalei_matd3_mamujoco as matd3
+from experiment.stopping import StopSignals
 
 TINY = "--device cpu --num-threads 1 --env-id Hopper-v2-3x1 --num-envs 4 --hidden-size 16 --eval-episodes 2"
 TINY += " --total-timesteps 160 --eval-interval 80 --checkpoint-interval 160 --log-interval 40 --episode-limit 30"
@@ -67,19 +69,33 @@ def test_an_evaluation_that_a_signal_ends_is_repeated_by_the_resumed_run(script,
         assert ours[tag] == series, tag
 
 
+@pytest.mark.parametrize(("received", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (None, 143)])
+def test_a_run_exits_with_the_code_of_its_signal(received, code):
+    """None: only another process got one."""
+    stop = SimpleNamespace(received=received)
+    with pytest.raises(SystemExit) as end:
+        StopSignals.exit(stop)
+    assert end.value.code == code
+
+
+LONG = "--env-id HumanoidStandup-v2-17x1 --device cpu --num-threads 1 --num-envs 4 --hidden-size 16"
+LONG += " --eval-episodes 400 --total-timesteps 100000 --checkpoint-interval 100"
+LONG = {  # rounds of 100 steps in each process
+    matd3: f"{LONG} --train-interval 25 --warmup-steps 100 --batch-size 20 --buffer-size 4000 --updates-per-round 2",
+    mappo: f"{LONG} --rollout-steps 25 --num-epochs 1",
+}
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_signal_in_a_long_evaluation_ends_the_run_in_time(processes, tmp_path):
+@pytest.mark.parametrize(
+    ("script", "processes"), [(mappo, 1), (mappo, 2), (matd3, 2)], ids=["mappo-1", "mappo-2", "matd3-2"]
+)
+def test_a_signal_in_a_long_evaluation_ends_the_run_in_time(script, processes, tmp_path):
     """The evaluation alone takes minutes; clusters kill a run some 30 seconds after SIGTERM."""
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += [
-        mappo.__file__,
-        *["--env-id", "HumanoidStandup-v2-17x1", "--device", "cpu", "--num-threads", "1", "--num-envs", "4"],
-    ]
-    command += ["--rollout-steps", "25", "--num-epochs", "1", "--hidden-size", "16", "--eval-episodes", "400"]
-    command += f"--total-timesteps 100000 --eval-interval {100 * processes} --checkpoint-interval 100".split()
+    command += [script.__file__, *LONG[script].split(), "--eval-interval", str(100 * processes)]
     with open(tmp_path / "err", "w") as err:
         process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=err, stderr=err)
         try:

@@ -130,6 +130,16 @@ def test_the_target_takes_the_lowest_value_of_the_ensemble_and_none_after_a_term
     torch.testing.assert_close(learner.update_critic(batch)["values/target"], target.mean())
 
 
+def test_gradient_norms_are_those_of_each_network(make_learner, make_batch):
+    learner = make_learner()
+    learner.update(make_batch(), with_policy=True)
+    norms = learner.gradient_norms()
+    assert list(norms) == ["losses/critic_grad_norm", "losses/actor_grad_norm"]
+    for norm, network in zip(norms.values(), (learner.critic, learner.actor), strict=True):
+        gradients = torch.cat([parameter.grad.flatten() for parameter in network.parameters()])
+        torch.testing.assert_close(norm, gradients.square().sum().sqrt())
+
+
 def test_the_update_makes_no_host_copies(make_learner, make_batch, monkeypatch):
     """Losses come back as tensors and nothing is read on the way, so that the update can be captured."""
     learner, batch = make_learner(), make_batch()

@@ -419,7 +419,8 @@ def test_an_actor_step_equals_the_equations(make_learner, make_rollout):
         threshold = name.endswith("thresholds")
         lr, eps = (args.threshold_lr, args.threshold_eps) if threshold else (args.lr, 1e-5)
         expected[name] = parameter.detach() - lr * gradient / (gradient.abs() + eps)  # Adam's first step
-    learner.update_actor(batch, torch.arange(24))
+    logs = learner.update_actor(batch, torch.arange(24))
+    torch.testing.assert_close(logs["losses/actor_grad_norm"], norm)
     for name, parameter in actor.named_parameters():
         torch.testing.assert_close(parameter.detach(), expected[name], rtol=1e-5, atol=1e-7, msg=name)
 
@@ -480,6 +481,7 @@ def test_without_sharing_an_update_equals_that_of_single_learners(num_agents):
             losses.append(-surrogate.mean().item())
             clipped += ((ratio - 1).abs() > 0.05).sum()
         assert logs["losses/policy"].item() == pytest.approx(sum(losses) / num_agents)
+        assert logs["losses/actor_grad_norm"].item() == pytest.approx(sum(norms[-num_agents:]) / num_agents)
         for agent, (network, log_std) in enumerate(singles):
             copy, copied_std = single_learner(actor, agent)
             for (name, ours), theirs in zip(copy.named_parameters(), network.parameters(), strict=True):
@@ -511,6 +513,8 @@ def test_a_critic_step_equals_that_of_a_network_of_torchs(make_learner, make_rol
     adam.step()
     logs = learner.update_critic(batch, rows)
     assert logs["losses/value"].item() == pytest.approx(loss.item())
+    norm = torch.sqrt(sum(gradient.square().sum() for gradient in gradients))
+    torch.testing.assert_close(logs["losses/critic_grad_norm"], norm)
     ours = [part for pair in zip(critic.norms, critic.layers, strict=True) for part in pair]
     ours = [getattr(part, name) for part in ours for name in ("weight", "bias")]
     for parameter, gradient, theirs in zip(ours, gradients, plain.parameters(), strict=True):

@@ -71,6 +71,7 @@ def test_a_run_logs_all_there_is(trained):
     assert masked or f"sharing {sharing}" in printed
     assert "rollout_steps 10" in printed and "precision float32" in printed
     assert "640/640" in printed and "SPS=" in printed and "eval=" in printed
+    assert f"evaluate: python {SCRIPT.name} --evaluate runs/{folder.name}\n" in printed
 
 
 def test_hyperparameters_are_logged_as_resolved(trained):
@@ -98,14 +99,27 @@ def test_a_saved_model_evaluates_as_it_did_in_training(trained, tmp_path):
 
 
 @pytest.mark.parametrize("schedule", ["linear", "constant"])
-def test_learning_rates_fall_where_they_are_to_fall(schedule, tmp_path, monkeypatch):
-    factors = []
-    monkeypatch.setattr(script.Learner, "scale_learning_rates", lambda learner, factor: factors.append(factor))
-    flags = ["--eval-episodes", 0, "--total-timesteps", 150, "--lr-schedule", schedule]
+def test_learning_rates_fall_where_they_are_to_fall(schedule, tmp_path):
+    flags = ["--eval-episodes", 0, "--total-timesteps", 150, "--lr-schedule", schedule, "--log-interval", 40]
     code, _, err = run_main(script, "--env-id", "Hopper-v2-3x1", *TINY, *flags, cwd=tmp_path)
     assert code == 0, err
-    expected = [1 - step / 150 for step in (0, 40, 80, 120)] if schedule == "linear" else []
-    assert factors == pytest.approx(expected)
+    (folder,) = (tmp_path / "runs").iterdir()
+    tags = scalars(folder)
+    factors = [1 - step / 150 * (schedule == "linear") for step in (0, 40, 80, 120)]
+    assert [rate for _, rate in tags["charts/lr"]] == pytest.approx([5e-4 * factor for factor in factors])
+    assert tags["charts/policy_std"][0][1] == pytest.approx(0.5 / (1 + math.exp(-1)), rel=0.02), "as at the start"
+
+
+def test_pytorch_has_one_thread_while_it_acts_and_all_while_it_learns(tmp_path, monkeypatch):
+    used = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    monkeypatch.setattr(script, "log_episodes", lambda *args: used.append("act"))
+    update = script.Learner.update
+    monkeypatch.setattr(script.Learner, "update", lambda *args: used.append("learn") or update(*args))
+    code, _, err = run_main(script, "--env-id", "Hopper-v2-3x1", *TINY, "--eval-episodes", 0, cwd=tmp_path, block=2)
+    assert code == 143, err
+    assert used == [1, *["act"] * 10, 3, "learn"] * 2
 
 
 def make_learner(**changes):
@@ -116,16 +130,20 @@ def make_learner(**changes):
 
 
 def test_flags_win_over_tuned_values():
-    args = script.parse_args(["--env-id", "Walker2d-v2-2x3"])[0]
-    assert tuple(getattr(args, name) for name in script.TUNED_FLAGS) == (200, 5, 2, 0.05, 0.0, 1e-3, "linear")
+    for env_id in ("Walker2d-v2-2x3", "Walker2d-v5-2x3"):
+        args = script.parse_args(["--env-id", env_id])[0]
+        assert tuple(getattr(args, name) for name in script.TUNED_FLAGS) == (200, 5, 2, 0.05, 0.0, 1e-3, "linear")
     args = script.parse_args(["--env-id", "Walker2d-v2-2x3", "--clip", "0.3", "--lr-schedule", "constant"])[0]
     assert (args.clip, args.lr_schedule, args.num_minibatches) == (0.3, "constant", 2)
     args = script.parse_args(["--env-id", "Reacher-v2-2x1"])[0]
     assert tuple(getattr(args, name) for name in script.TUNED_FLAGS) == script.UNTUNED
 
 
-def test_standard_deviations_are_per_agent_unless_all_is_shared():
+def test_standard_deviations_are_per_agent_unless_all_is_shared_or_the_flag_says_otherwise():
     shapes = {
         sharing: make_learner(sharing=sharing).actor.log_std.shape for sharing in ("kaleidoscope", "full", "none")
     }
     assert shapes == {"kaleidoscope": (3, 1, 2), "full": (2,), "none": (3, 1, 2)}
+    asked = [("kaleidoscope", "shared"), ("full", "agent")]
+    shapes = [make_learner(sharing=sharing, log_std=log_std).actor.log_std.shape for sharing, log_std in asked]
+    assert shapes == [(2,), (3, 1, 2)]

@@ -81,16 +81,18 @@ def test_a_saved_model_evaluates_as_it_did_in_training(trained, tmp_path):
     assert not list(tmp_path.iterdir()), "evaluating left files behind"
 
 
-@pytest.mark.parametrize("sharing", ["full", "none"])
-def test_agents_without_masks_train_and_evaluate(sharing, tmp_path):
-    code, out, err = run_main(script, "--env-id", "HalfCheetah-v2-2x3", *TINY, "--sharing", sharing, cwd=tmp_path)
+@pytest.mark.parametrize(("sharing", "critics"), [("full", "kaleidoscope"), ("none", "none")])
+def test_agents_without_masks_train_and_evaluate(sharing, critics, tmp_path):
+    flags = ["--env-id", "HalfCheetah-v2-2x3", *TINY, "--sharing", sharing, "--critic-sharing", critics]
+    code, out, err = run_main(script, *flags, cwd=tmp_path)
     assert code == 0, err
     assert f"sharing {sharing}" in out
     (folder,) = (tmp_path / "runs").iterdir()
     tags = scalars(folder)
     assert all(math.isfinite(value) for series in tags.values() for _, value in series)
     assert not [tag for tag in tags if tag.startswith(("masks/actor", "resets/actor"))], "there are no masks"
-    assert "masks/critic_difference" in tags and all(value == 0 for _, value in tags["losses/actor_diversity"])
+    assert ("masks/critic_difference" in tags) == ("resets/critic_member" in tags) == (critics != "none")
+    assert all(value == 0 for _, value in tags["losses/actor_diversity"])
     mean = tags["charts/eval_return"][-1][1]
     flags = ["--eval-episodes", 3, "--device", "cpu"]
     code, out, err = run_main(script, "--evaluate", folder / "model.pt", *flags, cwd=tmp_path)
@@ -190,6 +192,7 @@ MISTAKES_MAPPO = {
     "--gamma 1.5": "--gamma is 1.5, expected from 0 to 1",
     "--gae-lambda -0.5": "--gae-lambda is -0.5",
     "--lr nan": "--lr is nan, expected at least 0",
+    "--sharing none --log-std shared": "--log-std is shared, expected agent beside --sharing none",
     "--clip 0": "--clip is 0.0, expected more than 0",
     "--output-gain 0": "--output-gain is 0.0, expected more than 0",
     "--threshold-eps 0": "--threshold-eps is 0.0, expected more than 0",
@@ -426,6 +429,7 @@ def test_evaluation_keeps_the_models_precision_unless_told_otherwise(
 def test_flags_win_over_tuned_values():
     assert script.parse_args(["--env-id", "Walker2d-v2-2x3"])[0].n_step == 20
     assert script.parse_args(["--env-id", "Walker2d-v2-2x3"])[0].policy_freq == 8
+    assert script.parse_args(["--env-id", "Walker2d-v5-2x3"])[0].n_step == 20
     args = script.parse_args(["--env-id", "Walker2d-v2-2x3", "--n-step", "3"])[0]
     assert (args.n_step, args.policy_freq) == (3, 8)
     args = script.parse_args(["--env-id", "Reacher-v2-2x1"])[0]

@@ -114,6 +114,8 @@ def test_the_command_line_resolves_auto(script, native, monkeypatch):
     set_processor(monkeypatch, native, False)
     args, _ = script.parse_args(["--env-id", "Hopper-v2-3x1", "--device", "cpu"])
     assert args.precision == ("bfloat16" if native and script is matd3 else "float32"), "MAPPO's has to be asked for"
+    args, _ = script.parse_args(["--evaluate", "model.pt", "--device", "cpu"])
+    assert args.precision == "auto", "a model has a precision of its own"
 
 
 # ---- What is in bfloat16 ----
