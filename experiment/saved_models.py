@@ -77,3 +77,4 @@ def evaluate_model(args, device, actor_class, make_env, evaluate):
             print(film)
     elif args.render:
         viewer.close()
+    envs.close()

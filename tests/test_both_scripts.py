@@ -158,9 +158,13 @@ def test_a_run_seeds_and_closes_its_environments_and_those_of_its_evaluations(sc
         return made[-1][1]
 
     monkeypatch.setattr(script, "make_env", make)
-    code, _, err = run_main(script, "--env-id", "Hopper-v2-3x1", *TINY[script], "--seed", 5, cwd=tmp_path, block=1)
+    code, _, err = run_main(script, "--env-id", "Hopper-v2-3x1", *TINY[script], "--seed", 5, cwd=tmp_path, block=9)
     assert code == 143, err
-    assert [(seed, envs.num_envs, envs.closed) for seed, envs in made] == [(5, 4, True), (5, 3, True)]
+    (folder,) = (tmp_path / "runs").iterdir()
+    code, _, err = run_main(script, "--evaluate", folder, "--eval-episodes", 2, cwd=tmp_path)
+    assert code == 0, err
+    expected = [(5, 4, True), (5, 3, True), (1, 2, True)]
+    assert [(seed, envs.num_envs, envs.closed) for seed, envs in made] == expected
 
 
 @each_script
@@ -169,9 +173,9 @@ def test_a_finished_run_says_what_it_leaves_and_how_to_go_on(script, tmp_path, c
     for time, step in enumerate((900, 1000)):  # by name, the film of step 900 comes last
         (tmp_path / f"evaluation_{step}.gif").touch()
         os.utime(tmp_path / f"evaluation_{step}.gif", (time, time))
-    print_outcome(tmp_path, script.Args(save_model=True, eval_episodes=3), {"eval": "1.0+-2.0"})
+    print_outcome(tmp_path, script.Args(save_model=True, eval_episodes=3), {"eval": "1.0 +- 2.0"})
     curves = f"  curves: tensorboard --logdir {tmp_path}"
-    expected = [curves, "  return: 1.0+-2.0 in 3 episodes", curves, f"    film: {tmp_path}/evaluation_1000.gif"]
+    expected = [curves, "  return: 1.0 +- 2.0 in 3 episodes", curves, f"    film: {tmp_path}/evaluation_1000.gif"]
     expected += [f"evaluate: python {script.__name__}.py --evaluate {tmp_path}"]
     assert capsys.readouterr().out.splitlines() == expected
 
