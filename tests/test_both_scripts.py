@@ -150,7 +150,7 @@ def test_networks_see_what_the_scripts_functions_make_of_a_state(script, monkeyp
 
 
 @each_script
-def test_a_run_seeds_and_closes_its_environments_and_those_of_its_evaluations(script, tmp_path, monkeypatch):
+def test_a_run_seeds_and_closes_its_environments_and_logs_and_evaluates_when_asked(script, tmp_path, monkeypatch):
     made, make_env = [], script.make_env
 
     def make(args, seed, num_envs):
@@ -158,9 +158,13 @@ def test_a_run_seeds_and_closes_its_environments_and_those_of_its_evaluations(sc
         return made[-1][1]
 
     monkeypatch.setattr(script, "make_env", make)
-    code, _, err = run_main(script, "--env-id", "Hopper-v2-3x1", *TINY[script], "--seed", 5, cwd=tmp_path, block=9)
+    flags = ["--env-id", "Hopper-v2-3x1", *TINY[script], "--seed", 5, "--log-interval", 80]
+    code, _, err = run_main(script, *flags, cwd=tmp_path, block=9)
     assert code == 143, err
     (folder,) = (tmp_path / "runs").iterdir()
+    steps = {name: [step for step, _ in scalars(folder)[f"charts/{name}"]] for name in ("updates", "eval_return")}
+    # a block has 40 steps, and MATD3's warm-up ends after 200
+    assert steps == {"updates": [80, 160, 240, 320] if script is mappo else [240, 320], "eval_return": [320]}
     code, _, err = run_main(script, "--evaluate", folder, "--eval-episodes", 2, cwd=tmp_path)
     assert code == 0, err
     expected = [(5, 4, True), (5, 3, True), (1, 2, True)]
