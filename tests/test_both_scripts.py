@@ -42,7 +42,9 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit(script, sharing, tmp_p
         (folder,) = (cwd / "runs").iterdir()
         models.append(torch.load(folder / "model.pt", weights_only=True))
         logs.append(curves(folder))
+    learner = torch.load(folder / "checkpoint.pt", weights_only=True)["learner"]
     for network in ("actor", "critic"):
+        assert all(torch.equal(value, learner[f"{network}.{key}"]) for key, value in models[2][network].items())
         for key, value in models[0][network].items():
             assert torch.equal(value, models[1][network][key]), key
         differs = [not torch.equal(value, models[2][network][key]) for key, value in models[0][network].items()]

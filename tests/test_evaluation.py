@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -60,6 +61,10 @@ def test_an_evaluation_that_a_signal_ends_is_repeated_by_the_resumed_run(script,
     earlier = 80 * number - 1  # an end that the run has passed already
     code, _, err = run_main(script, "--resume", folder, "--total-timesteps", earlier, cwd=tmp_path / "cut")
     assert code == 2 and one_line(err) and f"expected more than the {80 * number} steps" in err, err
+    with monkeypatch.context() as patch:  # the repetition is cut as well
+        patch.setattr(run_scripts, "SignalInBlock", lambda block: SignalInEvaluation(1))
+        code, _, err = run_main(script, "--resume", folder, cwd=tmp_path / "cut")
+    assert code == 143, err
     code, _, err = run_main(script, "--resume", folder, cwd=tmp_path / "cut")
     assert code == 0, err
     ours, theirs = curves(folder), curves(whole)
@@ -111,3 +116,27 @@ def test_a_signal_in_a_long_evaluation_ends_the_run_in_time(script, processes, t
     (folder,) = (tmp_path / "runs").iterdir()
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["counters"][0] == 100 * processes
     assert "charts/eval_return" not in scalars(folder)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("script", [matd3, mappo], ids=["matd3", "mappo"])
+def test_a_signal_to_one_process_stops_both(script, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script.__file__]
+    with open(tmp_path / "err", "w") as err:
+        process = subprocess.Popen(
+            [*command, *LONG[script].split(), "--eval-episodes", "0"], cwd=tmp_path, env=environment(), stderr=err
+        )
+        try:
+            deadline = time.monotonic() + 120
+            while "SPS" not in (tmp_path / "err").read_text():
+                assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "err").read_text()[-2000:]
+                time.sleep(0.1)
+            workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            (second,) = [pid for pid in workers if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+            os.kill(int(second), signal.SIGTERM)
+            code = process.wait(timeout=60)
+        finally:
+            process.kill()
+    (folder,) = (tmp_path / "runs").iterdir()
+    step = torch.load(folder / "checkpoint.pt", weights_only=True)["counters"][0]
+    assert code != 0 and (folder / f"checkpoint_process1_{step}.pt").is_file()

@@ -100,23 +100,22 @@ def test_agents_without_masks_train_and_evaluate(sharing, critics, tmp_path):
 
 
 class EpisodesOfChosenLength:
-    """Stands in for an environment whose episode i has length i + 1 and gives 1 a step, again and again."""
+    """Stands in for environments. Episodes of environment i have length i + 1; each step gives 1, later episodes 2."""
 
     def __init__(self, num_envs):
         self.num_envs, self.length, self.episode_limit = num_envs, np.zeros(num_envs), 1000
 
     def reset(self, seed):
-        self.seed, self.length[:] = seed, 0
+        self.seed, self.length[:], self.reward = seed, 0, np.ones(self.num_envs)
         return np.zeros((self.num_envs, 3, 10), np.float32), {}
 
     def step(self, actions):
         assert actions.shape == (self.num_envs, 3, 2) and np.isfinite(actions).all()
         self.length += 1
         ended = self.length > np.arange(self.num_envs)
-        infos = (
-            {"episode": {"r": self.length.copy(), "l": self.length.copy()}, "_episode": ended} if ended.any() else {}
-        )
-        self.length[ended] = 0
+        episode = {"r": self.length * self.reward, "l": self.length.copy()}
+        infos = {"episode": episode, "_episode": ended} if ended.any() else {}
+        self.length[ended], self.reward[ended] = 0, 2
         return np.zeros((self.num_envs, 3, 10), np.float32), None, None, None, infos
 
 
