@@ -123,9 +123,8 @@ def test_a_signal_in_a_long_evaluation_ends_the_run_in_time(script, processes, t
 def test_a_signal_to_one_process_stops_both(script, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script.__file__]
     with open(tmp_path / "err", "w") as err:
-        process = subprocess.Popen(
-            [*command, *LONG[script].split(), "--eval-episodes", "0"], cwd=tmp_path, env=environment(), stderr=err
-        )
+        flags = [*LONG[script].split(), "--eval-episodes", "0", "--checkpoint-interval", "100000"]
+        process = subprocess.Popen([*command, *flags], cwd=tmp_path, env=environment(), stderr=err)
         try:
             deadline = time.monotonic() + 120
             while "SPS" not in (tmp_path / "err").read_text():

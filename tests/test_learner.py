@@ -131,8 +131,11 @@ def test_the_target_takes_the_lowest_value_of_the_ensemble_and_none_after_a_term
 
 
 def test_gradient_norms_are_those_of_each_network(make_learner, make_batch):
-    learner = make_learner()
-    learner.update(make_batch(), with_policy=True)
+    learner, batch = make_learner(), make_batch()
+    learner.update_critic(batch)
+    critics = [parameter.grad.clone() for parameter in learner.critic.parameters()]
+    learner.update_actor(batch)
+    assert all(map(torch.equal, critics, (parameter.grad for parameter in learner.critic.parameters())))
     norms = learner.gradient_norms()
     assert list(norms) == ["losses/critic_grad_norm", "losses/actor_grad_norm"]
     for norm, network in zip(norms.values(), (learner.critic, learner.actor), strict=True):
