@@ -24,7 +24,12 @@ ANT = ["{ant_kaleidoscope_*,k1__*,six_kaleidoscope__*}", "ant_full_*", "six_none
 ROWS = {
     "HalfCheetah-v2-2x3, MATD3, 100,000 steps": (100_000, "kalei_matd3_mamujoco__*", "matd3_full__*", "matd3_none__*"),
     "Ant-v2-4x2, MAPPO, 2,000,000": (2_000_000, *ANT),
-    "HalfCheetah-v2-2x3, MAPPO, 1,000,000": (1_000_000, "mappo_kaleidoscope__*", "mappo_full__*", "six_none__*"),
+    "HalfCheetah-v2-2x3, MAPPO, 1,000,000": (
+        1_000_000,
+        "mappo_kaleidoscope__[1-5]__*",
+        "mappo_full__[1-5]__*",
+        "six_none__*",
+    ),
     "HalfCheetah-v2-2x3, MAPPO, 2,000,000": (2_000_000, *SIX),
     "Hopper-v2-3x1, MAPPO, 2,000,000": (2_000_000, *SIX),
     "Walker2d-v2-2x3, MAPPO, 2,000,000": (2_000_000, *SIX),
