@@ -118,6 +118,9 @@ class EpisodesOfChosenLength:
         self.length[ended], self.reward[ended] = 0, 2
         return np.zeros((self.num_envs, 3, 10), np.float32), None, None, None, infos
 
+    def close(self):
+        pass
+
 
 def test_evaluation_counts_one_episode_of_every_environment(make_learner):
     envs = EpisodesOfChosenLength(6)
