@@ -281,7 +281,7 @@ class Critic(MaskedMLP):
     """The state's value, normalised as returns are, from a network without masks: state (B, S) -> (1, B, 1)."""
 
     def __init__(self, state_size, args):
-        # float32: after some epochs, bfloat16's error in a gradient is up to a third of the gradient's noise
+        # float32: after some epochs, bfloat16's error in a gradient is over a third of the gradient's noise
         super().__init__(1, (state_size, args.hidden_size, 1), "full", thresholds=(0.0, 0.0), output_gain=1.0)
         self.beta = args.value_norm_beta
         self.register_buffer("averages", torch.zeros(3))  # means of returns, their squares and 1, starting at 0

@@ -1,7 +1,7 @@
 """Do runs side by side slow each other down? Times an update of one run alone, and of several runs at once.
 
     python benchmark/side_by_side.py
-    OMP_WAIT_POLICY=ACTIVE python benchmark/side_by_side.py  # threads that spin while they wait
+    GOMP_SPINCOUNT=10000 python benchmark/side_by_side.py  # waiting threads spin so many times before they sleep
 
 Each run is benchmark/training_speed.py in its own process, with one thread per CPU, as a user would start it. A round
 measures one run alone, then all runs at once. Prints milliseconds an update, medians over rounds. "share" is the speed
@@ -52,8 +52,9 @@ def shares(options):
 def main():
     options = tyro.cli(Options)
     alone, together = shares(options)
-    policy = os.environ.get("OMP_WAIT_POLICY", "the script's")
-    print(f"{options.script}, {options.env_id}, {usable_cpus()} threads a run, OMP_WAIT_POLICY: {policy}")
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    waiting = [f"{name}={os.environ[name]}" for name in names if name in os.environ] or ["threads wait as by default"]
+    print(f"{options.script}, {options.env_id}, {usable_cpus()} threads a run, {', '.join(waiting)}")
     print(
         f"alone {alone:.1f} ms an update; {options.runs} runs at once {together:.1f} ms; share {alone / together:.2f}"
     )

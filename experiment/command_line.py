@@ -107,20 +107,18 @@ def check_flag_names(argv, args_class):
     if not accepts(args_class, first):
         require(not first, f"{' '.join(first)!r} is no flag of this script, expected --FLAG VALUE (see --help)")
         return argv  # a tool's positional argument is missing, as tyro will say
-    flags = {f"--{name.replace('_', '-')}": kind for name, kind in typing.get_type_hints(args_class).items()}
-    flags |= {flag.replace("--", "--no-"): kind for flag, kind in flags.items() if kind is bool}
-    elsewhere = {names.split()[0]: [f"--{name}" for name in names.split()[1:]] for names in FLAGS_ELSEWHERE.split("|")}
+    kinds = {name.replace("_", "-"): kind for name, kind in typing.get_type_hints(args_class).items()}
+    kinds |= {f"no-{name}": kind for name, kind in kinds.items() if kind is bool}
+    elsewhere = {names.split()[0]: names.split()[1:] for names in FLAGS_ELSEWHERE.split("|")}
     for group in groups:
         if not accepts(args_class, [*first, *group]):
-            word, equals, value = group[0].partition("=")
-            flag, values = word.replace("_", "-"), " ".join([value] * bool(equals) + group[1:])
-            if flag in flags:
-                fail(f"{word} {f'is {values!r}' if values else 'has no value'}, expected {in_words(flags[flag])}")
-            names = elsewhere.get(flag.removeprefix("--no-").removeprefix("--"), [])
-            known = {each.removeprefix("--"): each for each in flags}
-            close = [known[each] for each in difflib.get_close_matches(flag.removeprefix("--"), known, 1)]
-            near = sorted(flags.keys() & names) or close or ["another one"]
-            fail(f"{word} is no flag of this script, expected {' or '.join(near)} (see --help)")
+            flag, equals, value = group[0].partition("=")
+            name, values = flag.removeprefix("--").replace("_", "-"), " ".join([value] * bool(equals) + group[1:])
+            if name in kinds:
+                fail(f"{flag} {f'is {values!r}' if values else 'has no value'}, expected {in_words(kinds[name])}")
+            same = sorted(kinds.keys() & elsewhere.get(name.removeprefix("no-"), []))
+            near = " or ".join(f"--{each}" for each in same or difflib.get_close_matches(name, kinds, 1))
+            fail(f"{flag} is no flag of this script, expected {near or 'another one'} (see --help)")
     return argv
 
 

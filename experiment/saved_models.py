@@ -69,6 +69,7 @@ def evaluate_model(args, device, actor_class, make_env, evaluate):
             fail(f"{flag} is {asked}, expected {known} beside --evaluate {path}: the model was trained with it")
     viewer = open_viewer(args, envs)
     returns, lengths = evaluate(actor, envs, args.seed, viewer)
+    envs.close()
     result = f"return {returns.mean():.1f} +- {returns.std():.1f} (std), length {lengths.mean():.0f}"
     print(f"{trained.env_id}: {result}, {len(returns)} episodes")
     film = os.path.splitext(path)[0] + ".gif"
@@ -77,4 +78,3 @@ def evaluate_model(args, device, actor_class, make_env, evaluate):
             print(film)
     elif args.render:
         viewer.close()
-    envs.close()

@@ -4,6 +4,7 @@ import contextlib
 import io
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -118,3 +119,11 @@ def write_run(folder, curves, hyperparameters=None, purge_step=None):
     (new,) = folder.glob("*.new")
     new.rename(folder / f"events.out.tfevents.{number:010d}.name")
     return folder
+
+
+def expand(pattern):
+    """The words that a shell makes of one with braces."""
+    braces = re.search(r"\{([^{}]*)\}", pattern)
+    if not braces:
+        return [pattern]
+    return [word for part in braces[1].split(",") for word in expand(pattern.replace(braces[0], part, 1))]

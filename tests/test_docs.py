@@ -13,7 +13,7 @@ from urllib.parse import unquote
 
 import pytest
 import tyro
-from run_scripts import run_main, scalars
+from run_scripts import expand, run_main, scalars
 
 import kalei_mappo_mamujoco
 from mamujoco_env import parse_env_id
@@ -173,14 +173,6 @@ def test_the_pages_name_both_scripts_and_all_benchmarks():
 
 
 # ---- Files ----
-def expand(pattern):
-    """A shell's words of one with braces."""
-    braces = re.search(r"\{([^{}]*)\}", pattern)
-    if not braces:
-        return [pattern]
-    return [word for part in braces[1].split(",") for word in expand(pattern.replace(braces[0], part, 1))]
-
-
 def test_files_that_commands_read_are_there():
     for page, script, arguments in ALL_COMMANDS:
         for argument in arguments:

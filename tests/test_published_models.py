@@ -8,7 +8,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from experiment.saved_models import load_actor
-from tools.one_mask import script_of
+from tools.models import script_of
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = sorted(ROOT.glob("published/runs/*/model.pt"))

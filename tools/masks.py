@@ -27,19 +27,15 @@ from experiment.code_identity import check_identity  # noqa: E402
 from experiment.command_line import check_flag_names, fail, require  # noqa: E402
 from experiment.mask_pictures import draw, kept_by, mask_difference, masks_act, new_figure, sparsity  # noqa: E402
 from experiment.saved_models import EXPECTED, read_model  # noqa: E402
-from tools.one_mask import script_of  # noqa: E402
+from tools.models import ModelOptions, script_of  # noqa: E402
 
 KEPT_BY_ALL = (0.35,) * 3  # grey
 
 
 @dataclasses.dataclass
-class Options:
+class Options(ModelOptions):
     """Show what the masks of a saved model share."""
 
-    model: tyro.conf.Positional[Path]
-    """a file that --save-model wrote, or its folder"""
-    script: Path | None = None
-    """the script that made it; default: the file of that name in the repository"""
     out: Path = Path("masks")
     """beginning of the pictures' names: OUT_actor_weights.png, OUT_actor.png and the same of the critic"""
     scale: int = 2

@@ -1,10 +1,10 @@
-"""How far a saved model's robot gets in an episode: metres and speed, beside returns.
+"""How far a saved model's robot gets in an episode: metres, speed and return.
 
     python tools/metres.py runs/RUN
 
-A return can hide whether a robot walks: on Humanoid, an agent that stands still for 1000 steps earns 5000. Prints mean
-and standard deviation over deterministic episodes, of the return, of the metres from an episode's start to its last
-step, and of the metres a second. For models of both scripts and of their copies, on tasks that reward moving forward.
+A return can hide whether a robot walks: on Humanoid, an agent that stands still for 1000 steps earns 5000. Prints the
+return, the metres from an episode's start to its last step, and the metres a second: mean and standard deviation over
+deterministic episodes. For models of both scripts and of their copies, on tasks that reward moving forward.
 """
 
 import dataclasses
@@ -12,28 +12,17 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from experiment.command_line import check_flag_names, require  # noqa: E402
-from experiment.saved_models import load_actor  # noqa: E402
-from tools.one_mask import script_of  # noqa: E402
+from experiment.command_line import check_flag_names  # noqa: E402
+from tools.models import EvaluationOptions, open_model  # noqa: E402
 
 
 @dataclasses.dataclass
-class Options:
+class Options(EvaluationOptions):
     """Measure how far a saved model's robot gets."""
-
-    model: tyro.conf.Positional[Path]
-    """a file that --save-model wrote, or its folder"""
-    script: Path | None = None
-    """the script that made it; default: the file of that name in the repository"""
-    eval_episodes: int = 40
-    """episodes"""
-    num_threads: int = 1
-    """threads on the CPU"""
 
 
 class Measured:
@@ -58,13 +47,7 @@ class Measured:
 
 def main():
     options = tyro.cli(Options, args=check_flag_names(None, Options))
-    for name in ("eval_episodes", "num_threads"):
-        value = getattr(options, name)
-        require(value >= 1, f"--{name.replace('_', '-')} is {value}, expected at least 1")
-    torch.set_num_threads(options.num_threads)
-    script = script_of(options.model, options.script)
-    actor, args = load_actor(options.model, None, torch.device("cpu"), script.Actor, script.Args)
-    args.num_threads = options.num_threads
+    script, actor, args = open_model(options)
     envs = script.make_env(args, args.seed, options.eval_episodes)
     measured = Measured(envs)
     returns, lengths = script.evaluate(actor, measured, args.seed)

@@ -9,7 +9,6 @@ observations tells an agent who it is. If the lines agree, one mask would do as 
 """
 
 import dataclasses
-import importlib
 import sys
 from pathlib import Path
 
@@ -18,37 +17,14 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from experiment.checkpoints import refuse_damage  # noqa: E402
-from experiment.code_identity import ROOT  # noqa: E402
 from experiment.command_line import check_flag_names, require  # noqa: E402
 from experiment.mask_pictures import masks_act  # noqa: E402
-from experiment.saved_models import EXPECTED, load_actor, read_model  # noqa: E402
+from tools.models import EvaluationOptions, open_model  # noqa: E402
 
 
 @dataclasses.dataclass
-class Options:
+class Options(EvaluationOptions):
     """Evaluate a saved model with one mask for all agents."""
-
-    model: tyro.conf.Positional[Path]
-    """a file that --save-model wrote, or its folder"""
-    script: Path | None = None
-    """the script that made it; default: the file of that name in the repository"""
-    eval_episodes: int = 40
-    """episodes per line"""
-    num_threads: int = 1
-    """threads on the CPU"""
-
-
-def script_of(path, script=None):
-    """The module of the script that made a model, or of `script`. Guesses it for models that do not name theirs."""
-    _, model = read_model(path)
-    with refuse_damage(path, EXPECTED):
-        guess = "mappo" if "output_gain" in dict(model.get("args", {})) else "matd3"
-        name = Path(str(model.get("script", f"kalei_{guess}_mamujoco.py"))).name
-    file = script or ROOT / name
-    require(file.is_file(), f"{path} was made by {name}, expected it in {ROOT} or with --script: {file} is no file")
-    sys.path.insert(0, str(file.resolve().parent))
-    return importlib.import_module(file.stem)
 
 
 @torch.no_grad()
@@ -60,17 +36,11 @@ def put_on(actor, thresholds, agent):
 
 def main():
     options = tyro.cli(Options, args=check_flag_names(None, Options))
-    for name in ("eval_episodes", "num_threads"):
-        value = getattr(options, name)
-        require(value >= 1, f"--{name.replace('_', '-')} is {value}, expected at least 1")
-    torch.set_num_threads(options.num_threads)
-    script = script_of(options.model, options.script)
-    actor, args = load_actor(options.model, None, torch.device("cpu"), script.Actor, script.Args)
+    script, actor, args = open_model(options)
     mode = args.sharing
     require(masks_act(actor), f"{options.model}: trained with --sharing {mode}, expected --sharing kaleidoscope")
-    args.num_threads = options.num_threads
-    thresholds = [layer.thresholds.clone() for layer in actor.layers]
     envs = script.make_env(args, args.seed, options.eval_episodes)
+    thresholds = [layer.thresholds.clone() for layer in actor.layers]
     for agent in (None, *range(len(thresholds[0]))):
         put_on(actor, thresholds, agent)
         returns, _ = script.evaluate(actor, envs, args.seed)
