@@ -121,7 +121,8 @@ class Film:
         self.data = mujoco.MjData(self.model)
         self.camera.type = mujoco.mjtCamera.mjCAMERA_FREE
         self.every = max(1, -(-MIN_SECONDS // envs.task.dt))  # steps from frame to frame
-        self.smooth_frames = round(SMOOTH_SECONDS / (self.every * envs.task.dt))
+        self.frame_seconds = self.every * envs.task.dt
+        self.smooth_frames = round(SMOOTH_SECONDS / self.frame_seconds)
         self.floors = np.flatnonzero(self.model.geom_type == mujoco.mjtGeom.mjGEOM_PLANE)
         far = self.camera.distance
         # metres; the scene has room for so many tiles
@@ -192,7 +193,7 @@ class Film:
         palette = Image.new("P", (1, 1))
         palette.putpalette(self.palette)
         first, *others = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
-        milliseconds = 10 * round(100 * self.every * self.envs.task.dt)  # GIFs count hundredths of a second
+        milliseconds = 10 * round(100 * self.frame_seconds)  # GIFs count hundredths of a second
         file = io.BytesIO()
         first.save(file, "GIF", save_all=True, append_images=others, duration=milliseconds, loop=0)
         self.positions, self.steps = [], 0
