@@ -251,7 +251,7 @@ def sizes(few, many):
     return pytest.mark.parametrize("examples", [few, pytest.param(many, marks=pytest.mark.long)])
 
 
-@sizes(60, 400)
+@sizes(60, 200)
 def test_command_lines(examples, checkpointed, paths, tmp_path, monkeypatch):
     script, *_ = checkpointed
     monkeypatch.chdir(tmp_path)
@@ -277,12 +277,12 @@ def test_command_lines(examples, checkpointed, paths, tmp_path, monkeypatch):
         else:
             assert refused(got), got
             counts["refused"] += 1
-        assert time.process_time() - start < 2
+        assert time.process_time() - start < 20  # seconds; `--agent-obsk 1000000000` once took an hour
         assert not os.listdir(tmp_path), "a command line left files behind"
 
     check()
     assert counts["accepted"] > examples // 30 and counts["refused"] > examples // 2, counts
-    assert counts["evaluated"] >= examples // 400, counts
+    assert counts["evaluated"] >= examples // 200, counts
 
 
 KNOWN = ["Ant-v2-4x2", "Hopper-v5-3x1", "manyagent_swimmer-3x2", "Humanoid-v2-9|8", "Pusher-v5-3p", "Reacher-v2-2x1"]
@@ -398,7 +398,7 @@ def test_checkpoints_of_other_bytes(examples, checkpointed, tmp_path, monkeypatc
             if counts["refused"] % 20 == 0:
                 assert main(script, ["--resume", str(folder)])[:3] == got[:3]
                 counts["main"] += 1
-        assert time.process_time() - start < 2
+        assert time.process_time() - start < 20  # seconds; `--agent-obsk 1000000000` once took an hour
         assert (
             path.read_bytes() == changed and os.listdir(folder) == ["checkpoint.pt"] and os.listdir(tmp_path) == ["run"]
         )
