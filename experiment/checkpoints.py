@@ -151,10 +151,11 @@ def write_checkpoint(run_folder, writer, learner, envs, obs, counters, logs=None
     # write the first process's file last: it names the step that the others' files must have. Until it is complete,
     # their new files and their older ones both stay
     path = process_file(run_folder, rank, counters[0])
-    written = rank == 0 or write(path, own)
-    if not any_process(not written, device):
-        written = rank > 0 or write(os.path.join(run_folder, "checkpoint.pt"), shared | own)
-        if not any_process(not written, device) and rank > 0:
+    failed = rank > 0 and not write(path, own)
+    if not any_process(failed, device):
+        failed = rank == 0 and not write(os.path.join(run_folder, "checkpoint.pt"), shared | own)
+        complete = not any_process(failed, device)  # every process has to ask, rank 0 too
+        if complete and rank > 0:
             for older in set(glob.glob(process_file(glob.escape(run_folder), rank, "*"))) - {path}:
                 os.remove(older)
     writer.add_scalar("charts/checkpoint_seconds", time.perf_counter() - start, counters[0])

@@ -6,7 +6,6 @@ import torch
 from experiment.films import save_film
 from experiment.mask_pictures import log_masks
 from experiment.processes import rank_and_size
-from experiment.run_folder import log_evaluation
 from experiment.saved_models import save_model
 
 
@@ -46,7 +45,10 @@ def evaluate_and_save(learner, global_step, status, envs, viewer, stop, run_fold
         result = evaluate(learner.actor, envs, learner.args.seed, viewer, stop)
         if result is None:
             return False
-        status["eval"] = log_evaluation(writer, *result, global_step)
+        returns, lengths = result
+        for name, value in (("return", returns.mean()), ("return_std", returns.std()), ("length", lengths.mean())):
+            writer.add_scalar(f"charts/eval_{name}", value, global_step)
+        status["eval"] = f"{returns.mean():.1f} +- {returns.std():.1f}"
         log_masks(writer, learner, global_step)
         save_film(viewer, run_folder, writer, global_step)
     return True

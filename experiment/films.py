@@ -189,10 +189,9 @@ class Film:
 
     def take(self):
         """The bytes of a GIF (480 x 360) of the frames since the last take."""
-        frames = list(self.draw())
         palette = Image.new("P", (1, 1))
         palette.putpalette(self.palette)
-        first, *others = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
+        first, *others = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in self.draw())
         milliseconds = 10 * round(100 * self.frame_seconds)  # GIFs count hundredths of a second
         file = io.BytesIO()
         first.save(file, "GIF", save_all=True, append_images=others, duration=milliseconds, loop=0)

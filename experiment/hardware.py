@@ -35,10 +35,7 @@ def resolve_precision(precision, kind, auto_bfloat16=True, saved=None):
 
 
 def keep_freed_memory():
-    """Let glibc keep freed memory, since each update allocates tensors of the same sizes again.
-
-    Otherwise, each update on the CPU gets its pages from the kernel anew.
-    """
+    """Let glibc keep freed memory. Otherwise, each update on the CPU gets its pages from the kernel anew."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD at its maximum: larger blocks still go back to the kernel

@@ -161,13 +161,6 @@ def log_episodes(writer, infos, global_step):
         writer.add_scalar("charts/episodic_length", episode["l"][ended].mean(), global_step)
 
 
-def log_evaluation(writer, returns, lengths, global_step):
-    """Log mean and standard deviation of returns (E,), and the mean of lengths (E,). Returns the first two as text."""
-    for name, value in (("return", returns.mean()), ("return_std", returns.std()), ("length", lengths.mean())):
-        writer.add_scalar(f"charts/eval_{name}", value, global_step)
-    return f"{returns.mean():.1f} +- {returns.std():.1f}"
-
-
 def log_scalars(writer, logs, charts, global_step):
     """Log `logs`, {name: scalar on the device}, and `charts`, {name: plain value}."""
     for name, value in (*logs.items(), *((f"charts/{name}", value) for name, value in charts.items())):
@@ -183,8 +176,11 @@ def print_outcome(run_folder, args, status):
     """Print what a finished run leaves behind and how to go on. status: "eval", the last return as text, if any."""
     script = identity(type(args))["script"]
     films = sorted(glob.glob(os.path.join(glob.escape(run_folder), "*.gif")), key=os.path.getmtime)
-    lines = [("return", f"{status.get('eval')} in {args.eval_episodes} episodes")] * ("eval" in status)
-    lines += [("curves", f"tensorboard --logdir {run_folder}")]
-    lines += [("film", film) for film in films[-1:]]
-    lines += [("evaluate", f"python {script} --evaluate {run_folder}")] * args.save_model
-    print("\n".join(f"{name:>8}: {value}" for name, value in lines))
+    lines = {"curves": f"tensorboard --logdir {run_folder}"}
+    if "eval" in status:
+        lines = {"return": f"{status['eval']} in {args.eval_episodes} episodes"} | lines
+    if films:
+        lines["film"] = films[-1]
+    if args.save_model:
+        lines["evaluate"] = f"python {script} --evaluate {run_folder}"
+    print("\n".join(f"{name:>8}: {value}" for name, value in lines.items()))

@@ -102,7 +102,6 @@ class Run(NamedTuple):
     variant: str
     seed: int
     hyperparameters: dict[str, str]
-    scalars: dict[str, dict[int, float]]
     logged: dict[int, float]
     curve: dict[int, float]
 
@@ -175,7 +174,7 @@ def read_run(folder, variant, options):
         if not curve:
             fail(f"--every is {options.every}, expected at most the steps that {folder} has made")
     variant = variant or variant_of(hyperparameters, options.variant)
-    return Run(folder, hyperparameters["env_id"], variant, int(seed), hyperparameters, scalars, logged, curve)
+    return Run(folder, hyperparameters["env_id"], variant, int(seed), hyperparameters, logged, curve)
 
 
 def read_runs(options):

@@ -11,7 +11,7 @@ An arm is what figures.py calls a variant, and --runs and --variant work as they
 
 The first table, and OUT_runs.csv, hold all runs. The end is the mean return over a run's last five evaluations, the
 curve the mean over all evaluations. With --reach R, "steps to R" is the first evaluation that returns at least R, or
-never. If runs logged how many metres their policies walk in an episode, the last evaluation's metres follow.
+never.
 
 The second table, and OUT_pairs.csv, compare each two arms of a task. p comes from the exact two-sided Mann-Whitney test
 on the ends. Equal values share the mean of their ranks, and "never" counts as more than any number. The interval is
@@ -40,7 +40,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from experiment.command_line import check_flag_names, fail, require, warn  # noqa: E402
 from tools.figures import bootstrap, number, read_runs, write_csv  # noqa: E402
 
-METRES = "charts/eval_metres"
 LAST = 5  # evaluations
 DRAWS = 10_000
 FEWEST = 3  # runs of an arm in a test
@@ -74,7 +73,6 @@ class Result:
     end: float
     curve: float
     steps: float | None  # inf: never; None: without --reach
-    metres: float | None
 
 
 @dataclasses.dataclass
@@ -152,9 +150,7 @@ def judge_run(run, reach):
     reached = None
     if reach is not None:
         reached = next((step for step, value in zip(steps, returns, strict=True) if value >= reach), math.inf)
-    metres = run.scalars.get(METRES)
-    metres = metres[max(metres)] if metres else None
-    return Result(run, float(np.mean(returns[-LAST:])), float(np.mean(returns)), reached, metres)
+    return Result(run, float(np.mean(returns[-LAST:])), float(np.mean(returns)), reached)
 
 
 def warn_of_steps(task, arms):
@@ -209,7 +205,7 @@ def compare(task, names, results, is_main):
 
 # ---- Writing ----
 def whole(x):
-    """A return, metres or steps in a table."""
+    """A return or steps in a table."""
     if x is None or math.isnan(x):
         return ""
     return "never" if math.isinf(x) else f"{x:,.0f}"
@@ -241,9 +237,7 @@ def print_table(header, rows, markdown):
 
 def print_runs(tasks, options):
     header = ["task", "arm", "seeds", "end: mean", "end of each seed", "curve: mean", "curve of each seed"]
-    results = [result for arms in tasks.values() for of in arms.values() for result in of]
-    more = {f"steps to {options.reach or 0:,.0f}": "steps", "metres": "metres"}
-    more = {name: key for name, key in more.items() if any(getattr(result, key) is not None for result in results)}
+    header += [f"steps to {options.reach:,.0f}"] if options.reach is not None else []
     rows = []
     for task, arms in tasks.items():
         for arm, of in arms.items():
@@ -251,8 +245,8 @@ def print_runs(tasks, options):
             for key in ("end", "curve"):
                 values = [getattr(result, key) for result in of]
                 row += [whole(np.mean(values)), "; ".join(map(whole, values))]
-            rows.append(row + ["; ".join(whole(getattr(result, key)) for result in of) for key in more.values()])
-    print_table([*header, *more], rows, options.markdown)
+            rows.append(row + ["; ".join(whole(result.steps) for result in of)] * (options.reach is not None))
+    print_table(header, rows, options.markdown)
 
 
 def print_pairs(pairs, options):
@@ -272,13 +266,13 @@ def print_pairs(pairs, options):
 
 def write_results(tasks, pairs, out):
     """Write OUT_runs.csv and OUT_pairs.csv; `tasks` without pools, so that each run has one row."""
-    header = ["task", "arm", "seed", "steps", "evaluations", "end", "curve", "steps_to_reach", "metres", "folder"]
+    header = ["task", "arm", "seed", "steps", "evaluations", "end", "curve", "steps_to_reach", "folder"]
     rows = []
     for task, arms in tasks.items():
         for arm, results in arms.items():
             for result in results:
                 run = result.run
-                numbers = map(precise, (result.end, result.curve, result.steps, result.metres))
+                numbers = map(precise, (result.end, result.curve, result.steps))
                 name = run.folder.resolve().name
                 rows.append((task, arm, run.seed, max(run.logged), len(run.logged), *numbers, name))
     write_csv(f"{out}_runs.csv", header, rows)

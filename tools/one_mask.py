@@ -1,11 +1,11 @@
-"""What the returns owe to the masks: a saved model with each agent's own mask, and with one agent's mask for all.
+"""How much a model needs its masks: its returns with each agent's own mask, and with one agent's mask for all.
 
     python tools/one_mask.py runs/RUN/model.pt
 
 Prints a line for the agents' own masks, and a line for each mask with all agents wearing it: mean and standard
-deviation of the returns of deterministic episodes, which start alike in every line. Then only the id in its
-observations tells an agent who it is. If the lines agree, one mask would do as well, however much the masks differ
-(tools/masks.py says how much). For models of both scripts and of their copies.
+deviation of the returns of deterministic episodes, which start alike in every line. With one mask for all, agents
+differ only by the id in their observations. If the lines agree, one mask would do as well, however much the masks
+differ (tools/masks.py says how much). For models of both scripts and of their copies.
 """
 
 import dataclasses
