@@ -74,7 +74,7 @@ class Args:
     compile: bool = False  # fuse the updates' kernels with torch.compile, which takes minutes at the start
 
     # MAPPO
-    sharing: Literal["kaleidoscope", "full", "none"] = "kaleidoscope"  # agents share all but masks, all, or nothing
+    sharing: Literal["kaleidoscope", "full", "none"] = "kaleidoscope"  # agents share all but masks | all | nothing
     log_std: Literal["shared", "agent"] | None = None  # std for all agents or each; default: shared if --sharing full
     rollout_steps: int | None = None  # steps per environment in a rollout (T); default: tuned
     num_epochs: int | None = None  # passes over a rollout (epochs); default: tuned
@@ -644,7 +644,7 @@ def main():
         steps = []
         with torch.no_grad():
             effective, std = actor.effective_layers(), actor.std()
-            torch.set_num_threads(1)  # more threads would spin, or would have to be woken at every step
+            torch.set_num_threads(1)  # enough to act; more would spin, or be woken at every step
             for _ in range(args.rollout_steps):
                 actions = actor.sample(torch.as_tensor(obs, device=device), effective, std)
                 obs, reward, terminated, truncated, infos = envs.step(actor.to_bounds(actions).cpu().numpy())

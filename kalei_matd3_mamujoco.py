@@ -75,7 +75,7 @@ class Args:
     compile: bool = False  # fuse the updates' kernels with torch.compile, which takes minutes at the start
 
     # MATD3
-    sharing: Literal["kaleidoscope", "full", "none"] = "kaleidoscope"  # agents share all but masks, all, or nothing
+    sharing: Literal["kaleidoscope", "full", "none"] = "kaleidoscope"  # agents share all but masks | all | nothing
     buffer_size: int = 1_000_000  # transitions in the replay buffer
     batch_size: int = 1_000  # transitions per update (B)
     warmup_steps: int = 10_000  # environment steps with uniformly random actions before the first update
@@ -101,7 +101,7 @@ class Args:
 
     # critic: one mask for each member of the ensemble
     num_critics: int = 5  # members of the ensemble (K)
-    critic_sharing: Literal["kaleidoscope", "none"] = "kaleidoscope"  # critics share all but masks, or nothing
+    critic_sharing: Literal["kaleidoscope", "none"] = "kaleidoscope"  # critics share all but masks | nothing
     critic_layer_norm: bool = True  # LayerNorm before each ReLU of the critic
     critic_threshold_scale: float = 20.0  # see actor_threshold_scale
     critic_threshold_bias: float = 0.0  # see actor_threshold_scale
