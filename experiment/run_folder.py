@@ -176,9 +176,10 @@ def print_outcome(run_folder, args, status):
     """Print what a finished run leaves behind and how to go on. status: "eval", the last return as text, if any."""
     script = identity(type(args))["script"]
     films = sorted(glob.glob(os.path.join(glob.escape(run_folder), "*.gif")), key=os.path.getmtime)
-    lines = {"curves": f"tensorboard --logdir {run_folder}"}
+    lines = {}
     if "eval" in status:
-        lines = {"return": f"{status['eval']} in {args.eval_episodes} episodes"} | lines
+        lines["return"] = f"{status['eval']} in {args.eval_episodes} episodes"
+    lines["curves"] = f"tensorboard --logdir {run_folder}"
     if films:
         lines["film"] = films[-1]
     if args.save_model:
