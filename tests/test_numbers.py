@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from run_scripts import expand
 
-from tools import figures
+from tools import figures, judge
 from tools.grid import read_events
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,6 +19,7 @@ RUNS = ROOT / "published" / "runs"
 README, RESULTS = (ROOT / "README.md").read_text(), (ROOT / "docs" / "results.md").read_text()
 COLUMNS = ("masks", "one network", "separate networks")
 FIGURES = re.findall(r"^python tools/(figures\.py .*) --out docs/figures/(\w+)$", RESULTS, re.M)
+JUDGED = re.findall(r"^python tools/(judge\.py .*)$", RESULTS, re.M)
 
 # {row of a table: (steps, folders of masks, of one network, of separate networks)}
 SIX = [f"six_{sharing}__*" for sharing in ("kaleidoscope", "full", "none")]
@@ -52,6 +53,15 @@ def ends(row, pattern, steps):
     """Returns at `steps` of the runs on the row's task whose folders fit the pattern; {a,b} stands for a or b."""
     patterns = expand(f"{row.partition(',')[0]}__{pattern}")
     return [returns_of(folder)[steps] for each in patterns for folder in RUNS.glob(each)]
+
+
+def expanded(arguments):
+    """The words of a command, its patterns replaced by the folders that they find."""
+    words = []
+    for word in shlex.split(arguments):
+        globs = "*" in word and "=" not in word  # the tools themselves expand NAME=GLOB
+        words += [path for each in expand(word) for path in sorted(glob.glob(each))] if globs else [word]
+    return words
 
 
 def rows_of(text, *columns):
@@ -105,15 +115,29 @@ def test_tables_of_seeds_are_the_published_runs():
             assert sorted(seeds) == sorted(f"{value:.0f}" for value in values) and mean == f"{np.mean(values):.0f}"
 
 
+@pytest.mark.parametrize("arguments", JUDGED)
+def test_a_table_of_the_study_is_what_its_command_prints(arguments, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", expanded(arguments))
+    judge.main()
+    table = capsys.readouterr().out.partition("\n\n")[0]
+    assert table.count("\n") > 2 and f"\n\n{table}\n\n" in RESULTS
+
+
+def test_the_counts_of_finished_runs_are_those_of_the_published_runs():
+    rows = rows_of(RESULTS, "question", "what it asks", "runs finished")
+    counts = {question: finished.partition(" of ")[0] for question, _, finished in rows}
+    arms = {"1": "mappo_{kaleidoscope,full,none}", "2": "mappo_full_log_std"}
+    for question, names in arms.items():
+        patterns = expand(f"{{Ant-v2-4x2,HalfCheetah-v2-2x3}}__{names}__1[1-5]__*")
+        assert counts[question] == str(sum(len(list(RUNS.glob(each))) for each in patterns))
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(("arguments", "name"), FIGURES, ids=[name for _, name in FIGURES])
 def test_a_figures_command_makes_its_csv_files(arguments, name, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    words = []
-    for word in shlex.split(arguments):
-        globs = "*" in word and "=" not in word  # figures.py itself expands NAME=GLOB
-        words += [path for each in expand(word) for path in sorted(glob.glob(each))] if globs else [word]
-    monkeypatch.setattr(sys, "argv", [*words, "--out", str(tmp_path / name)])
+    monkeypatch.setattr(sys, "argv", [*expanded(arguments), "--out", str(tmp_path / name)])
     figures.main()
     made = {path.name: path.read_text() for path in tmp_path.glob("*.csv")}
     assert made == {path.name: path.read_text() for path in ROOT.glob(f"docs/figures/{name}*.csv")} and made
