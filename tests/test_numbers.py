@@ -24,8 +24,11 @@ JUDGED = re.findall(r"^python tools/(judge\.py .*)$", RESULTS, re.M)
 # {row of a table: (steps, folders of masks, of one network, of separate networks)}
 SIX = [f"six_{sharing}__*" for sharing in ("kaleidoscope", "full", "none")]
 ANT = ["{ant_kaleidoscope_*,k1__*,six_kaleidoscope__*}", "ant_full_*", "six_none__*"]
+STUDY = [f"mappo_{sharing}__1[1-5]__*" for sharing in ("kaleidoscope", "full", "none")]
 ROWS = {
     "HalfCheetah-v2-2x3, MATD3, 100,000 steps": (100_000, "kalei_matd3_mamujoco__*", "matd3_full__*", "matd3_none__*"),
+    "Ant-v2-4x2, MAPPO, 3,000,000, the study": (3_000_000, *STUDY),
+    "HalfCheetah-v2-2x3, MAPPO, 2,000,000, the study": (2_000_000, *STUDY),
     "Ant-v2-4x2, MAPPO, 2,000,000": (2_000_000, *ANT),
     "HalfCheetah-v2-2x3, MAPPO, 1,000,000": (
         1_000_000,
@@ -80,7 +83,8 @@ def summary(values):
 
 def test_the_readmes_results_are_the_published_runs():
     table = rows_of(README, "task and algorithm", *COLUMNS, "other code")
-    expected = [[row, *(summary(ends(row, arm, steps)) for arm in arms)] for row, (steps, *arms) in ROWS.items()]
+    rows = {row: what for row, what in ROWS.items() if row != "HalfCheetah-v2-2x3, MAPPO, 1,000,000"}
+    expected = [[row, *(summary(ends(row, arm, steps)) for arm in arms)] for row, (steps, *arms) in rows.items()]
     assert [cells[:4] for cells in table] == expected
 
 
