@@ -619,7 +619,7 @@ def test_a_study_is_judged_by_its_rules(study, run_judge, tmp_path):
     assert "130 vs 30" in out and "0.008  0.032     differ" in out
 
     _, out, _ = run_judge("--runs", *study, *flags, "--markdown")
-    assert "| Ant-v2-4x2 | masks | 11, 12, 13, 14, 15 | 130 | 110; 120; 130; 140; 150 | 108 | 92; 100; 108;" in out
+    assert "| Ant-v2-4x2 | masks | 11, 12, 13, 14, 15 | 130 (110; 120; 130; 140; 150) | 108 (92; 100; 108;" in out
     assert "| Ant-v2-4x2 | masks vs one network | 130 vs 30 | 100 |" in out and "\n| --- | --- |" in out
 
 

@@ -236,7 +236,7 @@ def print_table(header, rows, markdown):
 
 
 def print_runs(tasks, options):
-    header = ["task", "arm", "seeds", "end: mean", "end of each seed", "curve: mean", "curve of each seed"]
+    header = ["task", "arm", "seeds", "end: mean (each seed)", "curve: mean (each seed)"]
     header += [f"steps to {options.reach:,.0f}"] if options.reach is not None else []
     rows = []
     for task, arms in tasks.items():
@@ -244,7 +244,7 @@ def print_runs(tasks, options):
             row = [task, arm, ", ".join(str(result.run.seed) for result in of)]
             for key in ("end", "curve"):
                 values = [getattr(result, key) for result in of]
-                row += [whole(np.mean(values)), "; ".join(map(whole, values))]
+                row.append(f"{whole(np.mean(values))} ({'; '.join(map(whole, values))})")
             rows.append(row + ["; ".join(whole(result.steps) for result in of)] * (options.reach is not None))
     print_table(header, rows, options.markdown)
 
