@@ -616,11 +616,11 @@ def test_a_study_is_judged_by_its_rules(study, run_judge, tmp_path):
     assert float(third["p_steps"]) == pytest.approx(plain_p(never, [300, 200, 200, math.inf, math.inf]))
     alike = pairs["Hal", "masks", "one network"]
     assert (alike["p"], alike["p_holm"], alike["verdict"], alike["low"]) == ("1", "1", "no difference", "0")
-    assert "130 vs 30" in out and "0.008  0.032     differ" in out
+    assert "0.008  0.032     differ" in out
 
     _, out, _ = run_judge("--runs", *study, *flags, "--markdown")
     assert "| Ant-v2-4x2 | masks | 11, 12, 13, 14, 15 | 130 (110; 120; 130; 140; 150) | 108 (92; 100; 108;" in out
-    assert "| Ant-v2-4x2 | masks vs one network | 130 vs 30 | 100 |" in out and "\n| --- | --- |" in out
+    assert "| Ant-v2-4x2 | masks vs one network | 100 |" in out and "\n| --- | --- |" in out
 
 
 def test_two_arms_differ_only_if_their_means_are_apart_by_a_tenth(make_run, run_judge, tmp_path):

@@ -1,7 +1,7 @@
 """Figures from TensorBoard folders: learning curves, one panel per task, and the inter-quartile mean over tasks.
 
     python tools/figures.py --runs runs/Ant-v2-4x2__* runs/HalfCheetah-v2-2x3__* --out figures/sharing
-    python tools/figures.py --runs "masks=published/runs/Ant-v2-4x2__ant_kal*" "my copy=runs/Ant-v2-4x2__my_copy__*" \
+    python tools/figures.py --runs "masks=published/runs/Ant-v2-4x2__mappo_kal*" "my copy=runs/Ant-v2-4x2__my_copy__*" \
         --each-seed --out figures/my_copy
     python tools/figures.py --runs runs/*__hc_* --variant sharing log_std --each-seed --out figures/halfcheetah
     python tools/figures.py --runs runs/*__ant_* --tag charts/episodic_return --every 50000 --out figures/with_noise

@@ -250,14 +250,14 @@ def print_runs(tasks, options):
 
 
 def print_pairs(pairs, options):
-    header = ["task", "arms", "ends", "difference", "95 % interval", "p"]
+    header = ["task", "arms", "difference", "95 % interval", "p"]
     header += ["p (Holm)"] * bool(options.main) + ["verdict", "p of curves"]
     header += ["p of steps"] * (options.reach is not None)
     rows = []
     for pair in pairs:
         a, b = pair.ends
         low, high = map(whole, pair.interval)
-        row = [pair.task, " vs ".join(pair.arms), f"{whole(a)} vs {whole(b)}", whole(a - b)]
+        row = [pair.task, " vs ".join(pair.arms), whole(a - b)]
         row += [f"{low} to {high}" if low else "", probability(pair.p)]
         row += [probability(pair.p_holm)] * bool(options.main) + [pair.verdict, probability(pair.p_curve)]
         rows.append(row + [probability(pair.p_steps)] * (options.reach is not None))
