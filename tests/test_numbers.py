@@ -1,4 +1,4 @@
-"""Numbers in README.md and docs/results.md, and the CSV files of their figures, are those of the published runs."""
+"""Numbers in README.md and the docs, and the CSV files of their figures, are those of the published runs."""
 
 import functools
 import glob
@@ -17,6 +17,7 @@ from tools.grid import read_events
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "published" / "runs"
 README, RESULTS = (ROOT / "README.md").read_text(), (ROOT / "docs" / "results.md").read_text()
+PERFORMANCE = (ROOT / "docs" / "performance.md").read_text()
 COLUMNS = ("masks", "one network", "separate networks")
 FIGURES = re.findall(r"^python tools/(figures\.py .*) --out docs/figures/(\w+)$", RESULTS, re.M)
 JUDGED = re.findall(r"^python tools/(judge\.py .*)$", RESULTS, re.M)
@@ -120,6 +121,58 @@ def test_the_table_of_learning_rates_is_the_published_runs():
         if differ:
             shares = [each["masks/actor_difference"][1_000_000] for each in scalars]
             assert differ.startswith(f"{min(shares):.3f} to {max(shares):.3f}")
+
+
+def test_the_table_of_precisions_is_the_published_runs():
+    arms = [
+        ("HalfCheetah-v2-2x3__kalei_matd3_mamujoco__*", 100_000),
+        ("HalfCheetah-v2-2x3__bfloat16_kaleidoscope__*", 100_000),
+        ("HalfCheetah-v2-2x3__mappo_kaleidoscope__1[1-5]__*", 1_000_000),
+        ("HalfCheetah-v2-2x3__bfloat16_mappo__*", 1_000_000),
+        ("Ant-v2-4x2__mappo_kaleidoscope__1[1-5]__*", 2_000_000),
+        ("Ant-v2-4x2__bfloat16_mappo__*", 2_000_000),
+    ]
+    rows = rows_of(PERFORMANCE, "script, task, steps", "precision", "runs", "end: mean", "lowest to highest")
+    ends_of = {}
+    for (_, precision, runs, mean, extremes), (pattern, steps) in zip(rows, arms, strict=True):
+        assert (precision == "bfloat16") == ("bfloat16" in pattern)
+        values = ends_of[pattern] = [returns_of(folder)[steps] for folder in RUNS.glob(pattern)]
+        found = str(len(values)), f"{np.mean(values):.0f}", f"{min(values):.0f} to {max(values):.0f}"
+        assert (runs, mean, extremes) == found
+    *_, float32, bfloat16 = ends_of.values()
+    assert f"Mann-Whitney test: p = {judge.mann_whitney(float32, bfloat16):.2f})" in PERFORMANCE
+
+
+def test_the_table_of_models_is_the_published_runs():
+    rows = rows_of(RESULTS, "task", "script", "steps", "return", "folder in `published/runs`")
+    folders = [folder.strip("`") for *_, folder in rows]
+    assert sorted(folders) == sorted(model.parent.name for model in RUNS.glob("*/model.pt"))
+    for (task, script, steps, value, _), folder in zip(rows, folders, strict=True):
+        curve = returns_of(RUNS / folder)
+        assert folder.startswith(f"{task}__") and steps == f"{max(curve):,}" and value == f"{curve[max(curve)]:.0f}"
+        hyperparameters = read_events(RUNS / folder)[0]
+        assert ("policy_freq" in hyperparameters) == (script == "MATD3")
+
+
+def test_the_table_of_one_mask_for_all_is_its_output():
+    text = (ROOT / "benchmark" / "results" / "one_mask.txt").read_text()
+    of_models = re.split(r"^.*published/runs/(.*)/model\.pt$", text, flags=re.M)[1:]
+    found = set()
+    for folder, output in zip(of_models[::2], of_models[1::2], strict=True):
+        own, *others = [float(mean) for mean in re.findall(r"(\S+) \+- ", output)]
+        found.add((folder.partition("__")[0], *(f"{mean:.0f}" for mean in (own, max(others), min(others)))))
+    columns = "each its own mask", "one for all: best", "one for all: worst"
+    assert {(task.partition(",")[0], *means) for task, *means in rows_of(RESULTS, "task", *columns)} == found
+
+
+def test_the_table_of_humanoids_returns_is_the_published_runs():
+    curves = []
+    for arm in ("kaleidoscope", "none"):
+        (folder,) = RUNS.glob(f"Humanoid-v2-17x1__humanoid_{arm}__*")
+        scalars = read_events(folder)[1]
+        curves += [scalars["charts/eval_return"], scalars["charts/eval_length"]]
+    for steps, *cells in rows_of(RESULTS, "steps", "masks", "length", "separate networks", "length"):
+        assert cells == [f"{curve[int(steps.replace(',', ''))]:.0f}" for curve in curves]
 
 
 @pytest.mark.parametrize("arguments", JUDGED)
