@@ -9,6 +9,7 @@ import itertools
 import math
 import os
 import re
+import signal
 import sys
 import textwrap
 import typing
@@ -129,6 +130,8 @@ def check_help(argv, args_class):
     """
     if not {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv):
         return argv
+    if hasattr(signal, "SIGPIPE"):  # `--help | head` closes the pipe early: end there, without a traceback
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     module, hints = sys.modules[args_class.__module__], typing.get_type_hints(args_class)
     defaults = {field.name: field.default for field in dataclasses.fields(args_class)}
     print(f"{args_class.__doc__}\n\nusage: python {os.path.basename(module.__file__)} [--flag VALUE ...]")

@@ -4,6 +4,8 @@ import dataclasses
 import math
 import os
 import re
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -442,7 +444,8 @@ def test_flags_win_over_tuned_values():
     ("module", "explanation"),
     [(script, "std of the noise on target actions"), (kalei_mappo_mamujoco, "Adam's epsilon for thresholds")],
 )
-def test_help_explains_every_flag(module, explanation, capsys):
+def test_help_explains_every_flag(module, explanation, capsys, monkeypatch):
+    monkeypatch.setattr(command_line.signal, "signal", lambda *_: None)  # pytest's own process stays as it is
     with pytest.raises(SystemExit) as stop:
         module.parse_args(["--help"])
     out = capsys.readouterr().out
@@ -458,6 +461,15 @@ def test_help_explains_every_flag(module, explanation, capsys):
     assert "see --actor-threshold-scale" in " ".join(out.split()) or module is kalei_mappo_mamujoco
     for task, values in module.TUNED.items():
         assert any(line.split()[:1] == [task] and str(values[0]) in line for line in out.splitlines())
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGPIPE"), reason="Windows has no SIGPIPE")
+def test_help_into_a_closed_pipe_ends_without_a_traceback():
+    """As `--help | head`, and a pager that is left early."""
+    command = [sys.executable, script.__file__, "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == -signal.SIGPIPE
 
 
 def test_a_system_that_does_not_tell_its_memory(monkeypatch):
