@@ -25,11 +25,12 @@ JUDGED = re.findall(r"^python tools/(judge\.py .*)$", RESULTS, re.M)
 
 # {row of a table: (steps, folders of masks, of one network, of separate networks)}
 SIX = [f"six_{sharing}__*" for sharing in ("kaleidoscope", "full", "none")]
+MATD3 = ["kalei_matd3_mamujoco__*", "matd3_full__[1-3]__*", "matd3_none__[1-3]__*"]
 STUDY = [f"mappo_{sharing}__1[1-5]__*" for sharing in ("kaleidoscope", "full", "none")]
 ROWS = {
     "Ant-v2-4x2, MAPPO, 3,000,000, the study": (3_000_000, *STUDY),
     "HalfCheetah-v2-2x3, MAPPO, 2,000,000, the study": (2_000_000, *STUDY),
-    "HalfCheetah-v2-2x3, MATD3, 100,000 steps": (100_000, "kalei_matd3_mamujoco__*", "matd3_full__*", "matd3_none__*"),
+    "HalfCheetah-v2-2x3, MATD3, 100,000 steps": (100_000, *MATD3),
     "Hopper-v2-3x1, MAPPO, 2,000,000": (2_000_000, *SIX),
     "Walker2d-v2-2x3, MAPPO, 2,000,000": (2_000_000, *SIX),
     "Walker2d-v2-6x1, MAPPO, 2,000,000": (2_000_000, *SIX),
@@ -198,10 +199,13 @@ def test_the_tables_of_the_study_are_what_their_command_prints(arguments, monkey
 def test_the_counts_of_finished_runs_are_those_of_the_published_runs():
     rows = rows_of(RESULTS, "question", "what it asks", "runs finished", "answer")
     counts = {question: finished.partition(" of ")[0] for question, _, finished, _ in rows}
-    arms = {"1": "mappo_{kaleidoscope,full,none}", "2": "mappo_full_log_std"}
-    for question, names in arms.items():
-        patterns = expand(f"{{Ant-v2-4x2,HalfCheetah-v2-2x3}}__{names}__1[1-5]__*")
-        assert counts[question] == str(sum(len(list(RUNS.glob(each))) for each in patterns))
+    runs = {
+        "1": "{Ant-v2-4x2,HalfCheetah-v2-2x3}__mappo_{kaleidoscope,full,none}__1[1-5]__*",
+        "2": "{Ant-v2-4x2,HalfCheetah-v2-2x3}__mappo_full_log_std__1[1-5]__*",
+        "4": "HalfCheetah-v2-2x3__matd3_{kaleidoscope,none}{,_twin}__1[1-3]__*",
+    }
+    for question, patterns in runs.items():
+        assert counts[question] == str(sum(len(list(RUNS.glob(each))) for each in expand(patterns)))
 
 
 @pytest.mark.long
