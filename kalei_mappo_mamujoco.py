@@ -98,7 +98,7 @@ class Args:
     actor_reset_interval: int = 1_000_000  # environment steps between resets of weights that no mask keeps; 0: off
     actor_reset_ratio: float = 0.5  # probability of resetting a weight that no mask keeps
     threshold_lr: float = 0.05  # Adam's learning rate for thresholds, which must go far in few updates
-    threshold_eps: float = 1e-12  # Adam's epsilon for thresholds: their gradients are up to a million times smaller
+    threshold_eps: float = 1e-12  # Adam's epsilon for thresholds: their gradients are far below the weights'
     layer_weights: tuple[float, float, float, float] = (1.0, 2.0, 4.0, 8.0)  # lambda: weights of layers in L_div
     weighted_diversity: bool = True  # weight the differences between masks by |W|
     deque_len: int = 100  # updates over which losses are averaged for the adaptive coefficient

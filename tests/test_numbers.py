@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from run_scripts import expand
 
+import kalei_mappo_mamujoco as mappo
 from tools import figures, judge
 from tools.grid import read_events
 
@@ -45,15 +46,14 @@ def returns_of(folder):
 
 
 def ends(row, pattern, steps):
-    """Returns at `steps` of the runs on the row's task whose folders fit the pattern.
+    """Means of the last five evaluations of the runs on the row's task whose folders fit the pattern.
 
-    In the study's rows: means of the last five evaluations.
+    In MATD3's row: returns of the last evaluation.
     """
     curves = [returns_of(folder) for folder in RUNS.glob(f"{row.partition(',')[0]}__{pattern}")]
-    if not row.endswith(", the study"):
-        return [curve[steps] for curve in curves]
     assert all(max(curve) == steps for curve in curves)
-    return [np.mean([curve[step] for step in sorted(curve)[-5:]]) for curve in curves]
+    last = 1 if ", MATD3" in row else 5
+    return [np.mean([curve[step] for step in sorted(curve)[-last:]]) for curve in curves]
 
 
 def expanded(arguments):
@@ -100,7 +100,7 @@ def test_the_returns_beside_the_two_short_commands_are_the_published_runs():
     """MAPPO's runs are the study's, at this step of their curves."""
     folders = RUNS.glob("HalfCheetah-v2-2x3__mappo_kaleidoscope__1[1-5]__*")
     mappo = [returns_of(folder)[300_000] for folder in folders]
-    matd3 = ends("HalfCheetah-v2-2x3", "kalei_matd3_mamujoco__*", 100_000)
+    matd3 = ends("HalfCheetah-v2-2x3, MATD3", "kalei_matd3_mamujoco__*", 100_000)
     ranges = [f"{min(values):.0f} to {max(values):.0f}" for values in (mappo, matd3)]
     assert (len(mappo), len(matd3)) == (5, 8) and all(each in README for each in ranges)
     assert ranges[0] in (ROOT / "docs" / "index.md").read_text()
@@ -177,6 +177,17 @@ def test_the_table_of_one_mask_for_all_is_its_output():
     assert {(task.partition(",")[0], *means) for task, *means in rows_of(RESULTS, "task", *columns)} == found
 
 
+def test_the_table_of_parameters_is_that_of_the_actor():
+    method = (ROOT / "docs" / "kaleidoscope.md").read_text()
+    high = np.ones((4, 2), np.float32)
+    for value, _, parameters in rows_of(method, "value", "what it means", "actor's parameters (MAPPO, Ant-v2-4x2)"):
+        args = mappo.Args(sharing=value.strip("`"), hidden_size=128, precision="float32")
+        sizes = {name: each.numel() for name, each in mappo.Actor(115, -high, high, args).named_parameters()}
+        thresholds = sum(size for name, size in sizes.items() if name.endswith("thresholds"))
+        of_which = f", of which {thresholds:,} are thresholds" if thresholds else ""
+        assert parameters == f"{sum(sizes.values()):,}{of_which}"
+
+
 def test_the_table_of_humanoids_returns_is_the_published_runs():
     curves = []
     for arm in ("kaleidoscope", "none"):
@@ -185,6 +196,20 @@ def test_the_table_of_humanoids_returns_is_the_published_runs():
         curves += [scalars["charts/eval_return"], scalars["charts/eval_length"]]
     for steps, *cells in rows_of(RESULTS, "steps", "masks", "length", "separate networks", "length"):
         assert cells == [f"{curve[int(steps.replace(',', ''))]:.0f}" for curve in curves]
+    masks, _, none, _ = (np.mean([curve[step] for step in sorted(curve)[-5:]]) for curve in curves)
+    assert f"are {masks:.0f} with masks and {none:.0f} with separate networks" in " ".join(RESULTS.split())
+
+
+def test_the_resets_on_ant_did_not_cost_returns():
+    """The page says this of all five runs of masks."""
+    for folder in RUNS.glob("Ant-v2-4x2__mappo_kaleidoscope__1[1-5]__*"):
+        scalars = read_events(folder)[1]
+        assert list(scalars["resets/actor_weights"]) == [1_000_000]
+        returns = scalars["charts/episodic_return"].items()
+        before, after = (
+            np.mean([value for step, value in returns if end - 100_000 < step <= end]) for end in (1_000_000, 1_100_000)
+        )
+        assert after > before
 
 
 @pytest.mark.parametrize("arguments", JUDGED)
