@@ -202,7 +202,9 @@ def test_the_table_of_humanoids_returns_is_the_published_runs():
 
 def test_the_resets_on_ant_did_not_cost_returns():
     """The page says this of all five runs of masks."""
-    for folder in RUNS.glob("Ant-v2-4x2__mappo_kaleidoscope__1[1-5]__*"):
+    folders = list(RUNS.glob("Ant-v2-4x2__mappo_kaleidoscope__1[1-5]__*"))
+    assert len(folders) == 5
+    for folder in folders:
         scalars = read_events(folder)[1]
         assert list(scalars["resets/actor_weights"]) == [1_000_000]
         returns = scalars["charts/episodic_return"].items()
