@@ -26,12 +26,13 @@ JUDGED = re.findall(r"^python tools/(judge\.py .*)$", RESULTS, re.M)
 
 # {row of a table: (steps, folders of masks, of one network, of separate networks)}
 SIX = [f"six_{sharing}__*" for sharing in ("kaleidoscope", "full", "none")]
-MATD3 = ["kalei_matd3_mamujoco__*", "matd3_full__[1-3]__*", "matd3_none__[1-3]__*"]
+MATD3 = ["matd3_kaleidoscope{}__1[1-3]__*", "", "matd3_none{}__1[1-3]__*"]
 STUDY = [f"mappo_{sharing}__1[1-5]__*" for sharing in ("kaleidoscope", "full", "none")]
 ROWS = {
     "Ant-v2-4x2, MAPPO, 3,000,000, the study": (3_000_000, *STUDY),
     "HalfCheetah-v2-2x3, MAPPO, 2,000,000, the study": (2_000_000, *STUDY),
-    "HalfCheetah-v2-2x3, MATD3, 100,000 steps": (100_000, *MATD3),
+    "HalfCheetah-v2-2x3, MATD3, 500,000, the study": (500_000, *(arm.format("") for arm in MATD3)),
+    "HalfCheetah-v2-2x3, MATD3 with twin critics, 500,000, the study": (500_000, *(a.format("_twin") for a in MATD3)),
     "Hopper-v2-3x1, MAPPO, 2,000,000": (2_000_000, *SIX),
     "Walker2d-v2-2x3, MAPPO, 2,000,000": (2_000_000, *SIX),
     "Walker2d-v2-6x1, MAPPO, 2,000,000": (2_000_000, *SIX),
@@ -46,14 +47,10 @@ def returns_of(folder):
 
 
 def ends(row, pattern, steps):
-    """Means of the last five evaluations of the runs on the row's task whose folders fit the pattern.
-
-    In MATD3's row: returns of the last evaluation.
-    """
+    """Means of the last five evaluations of the runs on the row's task whose folders fit the pattern."""
     curves = [returns_of(folder) for folder in RUNS.glob(f"{row.partition(',')[0]}__{pattern}")]
     assert all(max(curve) == steps for curve in curves)
-    last = 1 if ", MATD3" in row else 5
-    return [np.mean([curve[step] for step in sorted(curve)[-last:]]) for curve in curves]
+    return [np.mean([curve[step] for step in sorted(curve)[-5:]]) for curve in curves]
 
 
 def expanded(arguments):
@@ -85,10 +82,26 @@ def test_the_readmes_results_are_the_published_runs():
     assert [cells[:4] for cells in table] == expected
 
 
-def test_harls_numbers_are_those_of_its_run():
-    with open(ROOT / "tests" / "reference" / "ant_4x2_harl_mappo.csv") as lines:
+def curve_of_other_code(name):
+    with open(ROOT / "tests" / "reference" / name) as lines:
         rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
-    harl = {int(row["step"]): float(row["eval_return"]) for row in rows}
+    return {int(row["step"]): float(row["eval_return"]) for row in rows}
+
+
+def test_the_released_codes_numbers_are_those_of_its_run():
+    released = curve_of_other_code("halfcheetah_2x3_released_code.csv")
+    assert max(released) == 300_000
+    end = np.mean([released[step] for step in sorted(released)[-5:]])
+    assert f"the authors' code, masks, 300,000 steps: {end:.0f} (1)" in README
+    ours = [returns_of(folder) for folder in RUNS.glob("HalfCheetah-v2-2x3__matd3_kaleidoscope__1[1-3]__*")]
+    for steps in (100_000, 300_000):
+        *others, last = (f"{value:,.0f}" for value in sorted(curve[steps] for curve in ours))
+        sentence = f"After {steps:,} steps, it has {released[steps]:,.0f}, and ours have {', '.join(others)} and {last}"
+        assert sentence in " ".join(RESULTS.split())
+
+
+def test_harls_numbers_are_those_of_its_run():
+    harl = curve_of_other_code("ant_4x2_harl_mappo.csv")
     end = np.mean([harl[step] for step in sorted(harl)[-5:]])
     assert f"HARL, one network: {end:.0f} (1)" in README and f"its end, {end:,.0f}," in RESULTS
     ours = [returns_of(folder) for folder in RUNS.glob("Ant-v2-4x2__mappo_full__1[1-5]__*")]
@@ -97,12 +110,13 @@ def test_harls_numbers_are_those_of_its_run():
 
 
 def test_the_returns_beside_the_two_short_commands_are_the_published_runs():
-    """MAPPO's runs are the study's, at this step of their curves."""
-    folders = RUNS.glob("HalfCheetah-v2-2x3__mappo_kaleidoscope__1[1-5]__*")
-    mappo = [returns_of(folder)[300_000] for folder in folders]
-    matd3 = ends("HalfCheetah-v2-2x3, MATD3", "kalei_matd3_mamujoco__*", 100_000)
-    ranges = [f"{min(values):.0f} to {max(values):.0f}" for values in (mappo, matd3)]
-    assert (len(mappo), len(matd3)) == (5, 8) and all(each in README for each in ranges)
+    """The runs are the study's, at these steps of their curves."""
+    of_scripts = [
+        [returns_of(folder)[steps] for folder in RUNS.glob(f"HalfCheetah-v2-2x3__{script}_kaleidoscope__1[1-5]__*")]
+        for script, steps in (("mappo", 300_000), ("matd3", 100_000))
+    ]
+    ranges = [f"{min(values):.0f} to {max(values):.0f}" for values in of_scripts]
+    assert [len(values) for values in of_scripts] == [5, 3] and all(each in README for each in ranges)
     assert ranges[0] in (ROOT / "docs" / "index.md").read_text()
 
 
@@ -110,16 +124,6 @@ def test_the_table_over_three_tasks_is_the_published_runs():
     for cells, (row, (steps, *arms)) in zip(rows_of(RESULTS, "task", *COLUMNS), THREE_TASKS.items(), strict=True):
         expected = [summary(ends(row, arm, steps)).replace(", 3)", ")") for arm in arms]
         assert cells == [row.partition(",")[0], *expected]
-
-
-def test_the_table_of_seeds_is_the_published_runs():
-    row = "HalfCheetah-v2-2x3, MATD3, 100,000 steps"
-    steps, *arms = ROWS[row]
-    columns = list(zip(*rows_of(RESULTS, "seed", *COLUMNS), strict=True))[1:]
-    for column, arm in zip(columns, arms, strict=True):
-        *seeds, mean = filter(None, column)
-        values = ends(row, arm, steps)
-        assert sorted(seeds) == sorted(f"{value:.0f}" for value in values) and mean == f"{np.mean(values):.0f}"
 
 
 def test_the_table_of_learning_rates_is_the_published_runs():
@@ -137,7 +141,7 @@ def test_the_table_of_learning_rates_is_the_published_runs():
 
 def test_the_table_of_precisions_is_the_published_runs():
     arms = [
-        ("HalfCheetah-v2-2x3__kalei_matd3_mamujoco__*", 100_000),
+        ("HalfCheetah-v2-2x3__matd3_kaleidoscope__1[1-3]__*", 100_000),
         ("HalfCheetah-v2-2x3__bfloat16_kaleidoscope__*", 100_000),
         ("HalfCheetah-v2-2x3__mappo_kaleidoscope__1[1-5]__*", 1_000_000),
         ("HalfCheetah-v2-2x3__bfloat16_mappo__*", 1_000_000),
