@@ -237,7 +237,6 @@ def test_each_way_of_sharing_has_one_name_and_colour(tmp_path, draw, monkeypatch
         {},
         {
             "mappo_none": "separate networks",
-            "six_none": "separate networks",
             "mappo_full": "one network",
             "mappo_full_log_std": "one network, log_std for each agent",
             "mappo_kaleidoscope": "masks",
