@@ -108,14 +108,15 @@ def test_harls_numbers_are_those_of_its_run():
 
 
 def test_the_returns_beside_the_two_short_commands_are_the_published_runs():
-    """The runs are the study's, at these steps of their curves."""
-    of_scripts = [
-        [returns_of(folder)[steps] for folder in RUNS.glob(f"HalfCheetah-v2-2x3__{script}_kaleidoscope__1[1-5]__*")]
-        for script, steps in (("mappo", 300_000), ("matd3", 100_000))
-    ]
+    """The runs are the study's, at these steps of their curves, and MATD3's in bfloat16."""
+    of_mappo, of_matd3, of_bfloat16 = (
+        [returns_of(folder)[steps] for folder in RUNS.glob(f"HalfCheetah-v2-2x3__{arm}_kaleidoscope__*")]
+        for arm, steps in (("mappo", 300_000), ("matd3", 100_000), ("bfloat16", 100_000))
+    )
+    of_scripts = [of_mappo, of_matd3 + of_bfloat16]
     ranges = [f"{min(values):.0f} to {max(values):.0f}" for values in of_scripts]
-    assert [len(values) for values in of_scripts] == [5, 3] and all(each in README for each in ranges)
-    assert ranges[0] in (ROOT / "docs" / "index.md").read_text()
+    assert [len(values) for values in of_scripts] == [5, 11] and all(each in README for each in ranges)
+    assert ranges[1] in " ".join(RESULTS.split()) and ranges[0] in (ROOT / "docs" / "index.md").read_text()
 
 
 def test_the_table_of_learning_rates_is_the_published_runs():
